@@ -1,0 +1,65 @@
+"""What every policy over a finite set of actions can do, given its logits.
+
+π(a|o) = softmax(logits(o))_a. A policy defines `logits`; sampling and log-probabilities follow.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from isopo_mini import checks
+from isopo_mini.batch import Batch
+
+
+class CategoricalPolicy(nn.Module):
+    """A policy over A actions. Subclasses define `logits(observations)`, of shape `(..., A)`.
+
+    Calling the policy is calling `logits`, so it works wherever an `nn.Module` does.
+    """
+
+    def logits(self, observations: Tensor) -> Float[Tensor, "... A"]:
+        """Unnormalised log-probabilities of the A actions at every observation, `(..., A)`."""
+        raise NotImplementedError(f"{type(self).__name__} does not define logits(observations)")
+
+    def forward(self, observations: Tensor) -> Float[Tensor, "... A"]:
+        """The logits: see `logits`."""
+        return self.logits(observations)
+
+    def log_prob(self, batch: Batch) -> Float[Tensor, "S T"]:
+        """log π(a_st | o_st) of the batch's actions, differentiable; 0 where `batch.mask` is False.
+
+        Args:
+            batch: S sequences of T positions. What padding holds is never looked at.
+
+        Returns:
+            `(S, T)`. Its sum over t is the log-probability of a sequence, whose gradient is the score g_s.
+
+        Raises:
+            ValueError: the policy's logits do not have the batch's shape `(S, T)` in front.
+        """
+        logits = self.logits(batch.observations)  # (S, T, A)
+        checks.require_shape(
+            "logits(batch.observations)", logits, "S T A", checks.require_shape("", batch.mask, "S T")
+        )
+        # Padding may hold any action, even an impossible one such as -1.
+        actions = batch.actions.masked_fill(~batch.mask, 0)
+        log_probs = logits.log_softmax(dim=-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+        return log_probs.masked_fill(~batch.mask, 0.0)
+
+    @torch.no_grad()
+    def sample_actions(
+        self, observations: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Int[Tensor, "..."], Float[Tensor, "..."]]:
+        """Draw one action at every observation.
+
+        Args:
+            observations: whatever `logits` takes, with leading axes `(...)`.
+            generator: source of randomness, on the policy's device; torch's global one when None.
+
+        Returns:
+            The actions, int64 `(...)`, and their log-probabilities `(...)`, without gradient.
+        """
+        log_probs = self.logits(observations).log_softmax(dim=-1)
+        flat = log_probs.reshape(-1, log_probs.shape[-1]).exp()
+        actions = torch.multinomial(flat, 1, generator=generator).reshape(log_probs.shape[:-1])
+        return actions, log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
