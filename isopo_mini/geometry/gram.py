@@ -1,0 +1,203 @@
+"""The Gram matrix of one layer's per-sequence gradients, three ways.
+
+The gradient of a weight matrix W (o × i) is a sum of outer products, one a position. For sequence s,
+
+    G_s = Σ_t left_st right_stᵀ                                                    (o, i)
+
+- `Linear`: left = gradient at the layer's output, right = the layer's input.
+- `Embedding`: left = one-hot vector of the token, right = gradient at the layer's output. The one-hot vectors
+  are never formed: pass the token indices (int64) as `left`.
+
+The Gram matrix K_ss' = ⟨G_s, G_s'⟩ is the layer's empirical neural tangent kernel. `dense` forms every G_s,
+`ghost` only inner products of positions, `sketched` random projections of G_s.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from isopo_mini import checks
+
+# Entries of the two (positions × positions) blocks that `ghost` holds at once: 2²⁰ floats are 4 MB each.
+GHOST_BLOCK = 2**20
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Gaussian projections Ĝ_s = P G_s Qᵀ. A side that is no longer than k is kept as it is (None).
+
+    Args:
+        left: P, `(k, o)` with entries N(0, 1/k), or None.
+        right: Q, `(k, i)` with entries N(0, 1/k), or None.
+    """
+
+    left: Float[Tensor, "k o"] | None
+    right: Float[Tensor, "k i"] | None
+
+
+def draw_sketch(
+    size: int, rows: int, columns: int, like: Float[Tensor, "..."], generator: torch.Generator | None = None
+) -> Sketch:
+    """Draw the two projections for a weight of shape `(rows, columns)`, with the dtype and device of `like`.
+
+    Args:
+        size: k, the length that each side of G_s is projected to.
+
+    Raises:
+        ValueError: `size` is less than 1.
+    """
+    if size < 1:
+        raise ValueError(f"size: expected at least 1, got {size}")
+
+    def projection(length: int) -> Tensor | None:
+        if length <= size:
+            return None
+        return torch.randn(size, length, dtype=like.dtype, device=like.device, generator=generator) / math.sqrt(size)
+
+    return Sketch(projection(rows), projection(columns))
+
+
+def per_sequence_gradients(
+    left: Float[Tensor, "S T o"] | Int[Tensor, "S T"],
+    right: Float[Tensor, "S T i"],
+    rows: int | None = None,
+    out: Float[Tensor, "S o i"] | None = None,
+) -> Float[Tensor, "S o i"]:
+    """G_s = Σ_t left_st right_stᵀ, for every sequence.
+
+    Args:
+        rows: o, needed when `left` holds indices.
+        out: memory to write the result to.
+    """
+    _check_pair(left, right)
+    if left.is_floating_point():
+        return torch.bmm(left.transpose(1, 2), right, out=out)
+    if rows is None:
+        raise ValueError("rows: expected the number of rows of the weight, since left holds indices, got None")
+    sequences, width = left.shape[0], right.shape[2]
+    gradients = right.new_zeros(sequences * rows, width)
+    offset = rows * torch.arange(sequences, device=left.device)[:, None]  # every sequence has rows of its own
+    gradients.index_add_(0, (left + offset).flatten(), right.flatten(0, 1))
+    gradients = gradients.view(sequences, rows, width)
+    return gradients if out is None else out.copy_(gradients)
+
+
+def inner_products(gradients: Float[Tensor, "S ..."]) -> Float[Tensor, "S S"]:
+    """K = G Gᵀ with every sequence's gradient flattened to one row. At least single precision."""
+    flat = gradients.flatten(1)
+    if flat.dtype in (torch.float16, torch.bfloat16):  # eight bits of mantissa are too few for a sum this long
+        flat = flat.float()
+    return flat @ flat.T
+
+
+def dense(
+    left: Float[Tensor, "S T o"] | Int[Tensor, "S T"], right: Float[Tensor, "S T i"], rows: int | None = None
+) -> Float[Tensor, "S S"]:
+    """K_ss' = ⟨G_s, G_s'⟩ from the gradients themselves. Memory S·o·i, multiplications S·T·o·i + S²·o·i."""
+    return inner_products(per_sequence_gradients(left, right, rows))
+
+
+def ghost(
+    left: Float[Tensor, "S T o"] | Int[Tensor, "S T"], right: Float[Tensor, "S T i"]
+) -> Float[Tensor, "S S"]:
+    """K_ss' = Σ_tt' (left_st·left_s't')(right_st·right_s't'): no gradient is formed. Multiplications S²T²(o+i).
+
+    Source: Goodfellow, *Efficient per-example gradient computations*, arXiv 1510.01799 (norms, that is, the
+    diagonal for T = 1); the double sum over positions is the ghost norm of Li et al., arXiv 2110.05679.
+    """
+    _check_pair(left, right)
+    return ghost_between(left, right, left, right)
+
+
+def ghost_between(
+    left: Float[Tensor, "S T o"] | Int[Tensor, "S T"],
+    right: Float[Tensor, "S T i"],
+    other_left: Float[Tensor, "R U o"] | Int[Tensor, "R U"],
+    other_right: Float[Tensor, "R U i"],
+) -> Float[Tensor, "S R"]:
+    """⟨G_s, H_r⟩ for two sets of gradients G and H of one weight, block by block so that memory stays small."""
+    sequences, positions = right.shape[:2]
+    others, other_positions = other_right.shape[:2]
+    precise = torch.promote_types(right.dtype, torch.float32)
+    gram = torch.empty(sequences, others, dtype=precise, device=right.device)
+    flat_left, flat_right = other_left.flatten(0, 1), other_right.flatten(0, 1).to(precise)
+    block = max(1, GHOST_BLOCK // (positions * others * other_positions))
+    for start in range(0, sequences, block):
+        rows = slice(start, start + block)
+        products = _inner_of_left(left[rows].flatten(0, 1), flat_left, precise)
+        products *= right[rows].flatten(0, 1).to(precise) @ flat_right.T
+        gram[rows] = products.view(-1, positions, others, other_positions).sum(dim=(1, 3))
+    return gram
+
+
+def sketched_gradients(
+    left: Float[Tensor, "S T o"] | Int[Tensor, "S T"], right: Float[Tensor, "S T i"], sketch: Sketch
+) -> Float[Tensor, "S k l"]:
+    """Ĝ_s = Σ_t (P left_st)(Q right_st)ᵀ. Linear in G_s, so sketches of parts add up when they share P and Q."""
+    _check_pair(left, right)
+    if sketch.right is not None:
+        right = right @ sketch.right.to(right.dtype).T
+    if left.is_floating_point():
+        if sketch.left is not None:
+            left = left @ sketch.left.to(left.dtype).T
+    elif sketch.left is not None:
+        left = sketch.left.to(right.dtype).T[left]  # P times a one-hot vector is a column of P
+    else:
+        raise ValueError("sketch.left: expected a projection, since left holds indices, got None")
+    return torch.bmm(left.transpose(1, 2), right)
+
+
+def sketched(
+    left: Float[Tensor, "S T o"] | Int[Tensor, "S T"], right: Float[Tensor, "S T i"], sketch: Sketch
+) -> Float[Tensor, "S S"]:
+    """K̂_ss' = ⟨Ĝ_s, Ĝ_s'⟩ with Ĝ_s = P G_s Qᵀ, an unbiased estimate of K_ss'. A position costs k(o+i+k)."""
+    return inner_products(sketched_gradients(left, right, sketch))
+
+
+def dense_cost(sequences: int, positions: int, rows: int, columns: int) -> int:
+    """Multiplications that `dense` adds to a step: the inner products and the weighted sum of the G_s.
+
+    Forming the G_s adds none: it takes the place of the ordinary weight gradient, which costs the same S·T·o·i.
+    """
+    return (sequences**2 + sequences) * rows * columns
+
+
+def ghost_cost(sequences: int, positions: int, rows: int, columns: int) -> int:
+    """Multiplications that `ghost` adds to a step; the weight gradient is then the ordinary one."""
+    return sequences**2 * positions**2 * (rows + columns)
+
+
+def cheaper(sequences: int, positions: int, rows: int, columns: int) -> str:
+    """`"dense"` or `"ghost"`, whichever adds fewer multiplications. Short sequences in wide layers favour ghost."""
+    costs = {path: cost(sequences, positions, rows, columns) for path, cost in _COSTS.items()}
+    return min(costs, key=lambda path: costs[path])
+
+
+_COSTS = {"dense": dense_cost, "ghost": ghost_cost}
+
+
+def _inner_of_left(left: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inner products of all pairs of left vectors, `(n, m)`; a one-hot vector is given by its index."""
+    if left.is_floating_point() and other.is_floating_point():
+        return left.to(dtype) @ other.to(dtype).T
+    if left.is_floating_point():
+        return left[:, other].to(dtype)
+    if other.is_floating_point():
+        return other[:, left].T.to(dtype, copy=True)
+    return (left[:, None] == other[None, :]).to(dtype)
+
+
+def _check_pair(left: Tensor, right: Tensor) -> None:
+    """Both sides must have the same S and T."""
+    sizes = checks.require_shape("right", right, "S T i")
+    checks.require_floating("right", right)
+    checks.require_not_empty("right", right)
+    if isinstance(left, Tensor) and left.dtype == torch.int64:
+        checks.require_shape("left", left, "S T", sizes)
+    else:
+        checks.require_shape("left", left, "S T o", sizes)
+        checks.require_floating("left", left)
+    checks.require_same_device("left", left, "right", right)
