@@ -5,7 +5,7 @@ response of a language model, or, after `Batch.as_steps`, a single time step. Se
 length are padded at the end to T positions; `mask` says which positions are real actions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -69,7 +69,8 @@ class Batch:
             raise TypeError(f"observations: expected a tensor, got {type(self.observations).__name__}")
         if tuple(self.observations.shape[:2]) != tuple(self.actions.shape):
             raise ValueError(
-                f"observations: expected shape (S={sizes['S']} T={sizes['T']} ...), got {tuple(self.observations.shape)}"
+                f"observations: expected shape (S={sizes['S']} T={sizes['T']} ...), "
+                f"got {tuple(self.observations.shape)}"
             )
         if self.groups is not None:
             checks.require_shape("groups", self.groups, "S", sizes)
@@ -94,11 +95,11 @@ class Batch:
 
     def select(self, sequences: Tensor) -> "Batch":
         """The batch of the given sequences: int64 indices, or a bool `(S,)`."""
-        return Batch(**{name: None if value is None else value[sequences] for name, value in self._items()})
+        return self._map(lambda value: value[sequences])
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        return Batch(**{name: None if value is None else value.to(device) for name, value in self._items()})
+        return self._map(lambda value: value.to(device))
 
     def microbatches(self, size: int | None) -> Iterator["Batch"]:
         """Consecutive microbatches of at most `size` sequences; the whole batch when `size` is None."""
@@ -117,7 +118,9 @@ class Batch:
         tokens before it, so a batch of tokens cannot be cut this way.
         """
         if self.rewards.ndim == 1:
-            raise ValueError("rewards: expected one a time step (S T) to cut a batch into steps, got one a sequence (S)")
+            raise ValueError(
+                "rewards: expected one a time step (S T) to cut a batch into steps, got one a sequence (S)"
+            )
         keep = self.mask
         groups = None if self.groups is None else self.groups[:, None].expand_as(keep)[keep]
         return Batch(
@@ -129,6 +132,13 @@ class Batch:
             groups=groups,
         )
 
-    def _items(self) -> Iterator[tuple[str, Tensor | None]]:
-        for field in fields(self):
-            yield field.name, getattr(self, field.name)
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch with `function` applied to every tensor."""
+        return Batch(
+            observations=function(self.observations),
+            actions=function(self.actions),
+            mask=function(self.mask),
+            rewards=function(self.rewards),
+            log_probs=function(self.log_probs),
+            groups=None if self.groups is None else function(self.groups),
+        )

@@ -88,7 +88,10 @@ def per_sequence_gradients(
 def inner_products(gradients: Float[Tensor, "S ..."]) -> Float[Tensor, "S S"]:
     """K = G Gᵀ with every sequence's gradient flattened to one row. At least single precision."""
     flat = gradients.flatten(1)
-    if flat.dtype in (torch.float16, torch.bfloat16):  # eight bits of mantissa are too few for a sum this long
+    if flat.dtype in (
+        torch.float16,
+        torch.bfloat16,
+    ):  # eight bits of mantissa are too few for a sum this long
         flat = flat.float()
     return flat @ flat.T
 
@@ -100,9 +103,7 @@ def dense(
     return inner_products(per_sequence_gradients(left, right, rows))
 
 
-def ghost(
-    left: Float[Tensor, "S T o"] | Int[Tensor, "S T"], right: Float[Tensor, "S T i"]
-) -> Float[Tensor, "S S"]:
+def ghost(left: Float[Tensor, "S T o"] | Int[Tensor, "S T"], right: Float[Tensor, "S T i"]) -> Float[Tensor, "S S"]:
     """K_ss' = Σ_tt' (left_st·left_s't')(right_st·right_s't'): no gradient is formed. Multiplications S²T²(o+i).
 
     Source: Goodfellow, *Efficient per-example gradient computations*, arXiv 1510.01799 (norms, that is, the

@@ -52,7 +52,8 @@ def solve_ntk(
     Solved in double precision, as (K/λ + I) c = A: the smallest eigenvalue is then 1 whatever the scale of K,
     and a layer whose gradients all vanish (K = 0, λ = 0) keeps c = A.
     """
-    scale = torch.where(damping > 0, 1.0 / damping, 0.0).double()
+    damping = damping.double()
+    scale = torch.where(damping > 0, 1.0 / damping, 0.0)
     system = gram.double() * scale
     system.diagonal().add_(1.0)
     factor, _ = torch.linalg.cholesky_ex(system)
@@ -71,6 +72,11 @@ def fisher_norms(gram: Float[Tensor, "S S"]) -> Float[Tensor, "S"]:
         ValueError: `gram` is not square or not finite.
     """
     _check_gram(gram)
+    return root_mean_square(gram)
+
+
+def root_mean_square(gram: Float[Tensor, "S S"]) -> Float[Tensor, "S"]:
+    """`fisher_norms` without the checks, which would make a GPU wait."""
     return gram.square().mean(dim=1).sqrt()
 
 

@@ -1,0 +1,235 @@
+"""Stand-ins for parameters, and the three autograd functions that their uses become.
+
+Whatever a layer does with its parameters, it is one of three things: a matrix product, a table look-up, or an
+elementwise scale and shift. `handlers.py` writes PyTorch's functions in terms of these three.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+class UnhandledParameterError(ValueError):
+    """A trainable parameter would get a gradient that ISOPO has not transformed."""
+
+    def __init__(self, name: str, use: str) -> None:
+        super().__init__(
+            f"parameter '{name}': expected a use that a handler covers, got {use}; register a handler with "
+            f"isopo_mini.geometry.layerwise.register, or freeze it with requires_grad_(False)"
+        )
+
+
+class Layer(Protocol):
+    """What a use reports to; see `layerwise._Layer`."""
+
+    num_sequences: int
+
+    def gate(self) -> Tensor: ...
+    def add_matrix_use(self, slot: "Slot", left: Tensor, right: Tensor) -> None: ...
+    def add_vector_use(self, slot: "Slot", output_gradients: Tensor, factors: Tensor | None) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """A trainable parameter, its full name and its layer."""
+
+    name: str
+    parameter: nn.Parameter
+    layer: Any  # a `Layer`
+
+    def check_input(self, tensor: Tensor, axes: int) -> None:
+        """The first axis must be the sequences, and at least `axes` axes must be there."""
+        sequences = self.layer.num_sequences
+        if tensor.ndim < axes or tensor.shape[0] != sequences:
+            raise ValueError(
+                f"parameter '{self.name}': expected an input whose first axis is the S={sequences} sequences, got "
+                f"shape {tuple(tensor.shape)}; keep that axis through the model (for positions: expand them to (S, T))"
+            )
+
+
+class StandIn(Tensor):
+    """Takes a parameter's place in its module and sends every use to its handler."""
+
+    slot: Slot
+
+    @classmethod
+    def for_slot(cls, slot: Slot) -> "StandIn":
+        """A stand-in that shares the memory of the parameter."""
+        stand_in = slot.parameter.detach().as_subclass(cls)
+        stand_in.slot = slot
+        return stand_in
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called by PyTorch in place of `func` whenever an argument is a stand-in."""
+        kwargs = kwargs or {}
+        handler = HANDLERS.get(func)
+        if handler is not None and torch.is_grad_enabled():
+            result = handler(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        real_args, real_kwargs = tree_map(_parameter_of, (args, kwargs))
+        result = func(*real_args, **real_kwargs)
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(result)):
+            (name, *_) = [leaf.slot.name for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, StandIn)]
+            raise UnhandledParameterError(name, getattr(func, "__name__", str(func)))
+        return result
+
+
+HANDLERS: dict[Callable, Callable] = {}
+
+
+def register(*functions: Callable) -> Callable[[Callable], Callable]:
+    """Decorator: handle uses of trainable parameters by these PyTorch functions.
+
+    The handler takes the function's own arguments, with stand-ins where parameters are, and returns its result by
+    way of `matrix_product`, `table_lookup` and `scale_and_shift`. It may return `NotImplemented`.
+    """
+
+    def add(handler: Callable) -> Callable:
+        for function in functions:
+            HANDLERS[function] = handler
+        return handler
+
+    return add
+
+
+# --- The three uses ------------------------------------------------------------------------------------------------
+
+
+def matrix_product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """inputs Wᵀ + b, with inputs `(S, …, i)` and W `(o, i)`. Weight and bias may be stand-ins or plain tensors."""
+    slots = _slots(weight, bias)
+    for slot in slots:
+        if slot is not None:
+            slot.check_input(inputs, axes=2)
+    if slots[0] is None and weight.requires_grad:  # a weight that was computed: its gradient is autograd's affair
+        return scale_and_shift(F.linear(inputs, weight), None, bias)
+    return _MatrixProduct.apply(slots, inputs, _plain(weight), _plain(bias), *_gates(slots))
+
+
+def table_lookup(indices: Tensor, table: Tensor, padding_index: int | None = None) -> Tensor:
+    """Rows of the table, for indices `(S, …)`. The row `padding_index` gets no gradient."""
+    if not isinstance(table, StandIn):
+        return F.embedding(indices, table, padding_index)
+    table.slot.check_input(indices, axes=1)
+    return _TableLookup.apply(table.slot, indices, _plain(table), padding_index, table.slot.layer.gate())
+
+
+def scale_and_shift(inputs: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """inputs ∘ scale + shift, with inputs `(S, …, *shape)` and scale and shift of that shape, or None."""
+    slots = _slots(scale, shift)
+    for slot in slots:
+        if slot is not None:
+            slot.check_input(inputs, axes=1 + slot.parameter.ndim)
+    return _ScaleAndShift.apply(slots, inputs, _plain(scale), _plain(shift), *_gates(slots))
+
+
+class _MatrixProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, slots: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, *gates: Tensor) -> Tensor:
+        outputs = F.linear(inputs, weight, bias)  # autocast, when on, picks the precision here
+        ctx.slots = slots
+        ctx.save_for_backward(inputs.to(outputs.dtype), weight)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, output_gradients: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        for_weight, for_bias = ctx.slots
+        left = _positions(output_gradients, 1)
+        if for_weight is not None:
+            for_weight.layer.add_matrix_use(for_weight, left, _positions(inputs, 1))
+        if for_bias is not None:
+            for_bias.layer.add_vector_use(for_bias, left, None)
+        input_gradients = None
+        if ctx.needs_input_grad[1]:
+            input_gradients = output_gradients @ weight.to(output_gradients.dtype)
+        return None, input_gradients, None, None, *_no_gradients(ctx.slots)
+
+
+class _TableLookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, slot: Any, indices: Tensor, table: Tensor, padding_index: int | None, gate: Tensor) -> Tensor:
+        ctx.slot, ctx.padding_index = slot, padding_index
+        ctx.save_for_backward(indices)
+        return F.embedding(indices, table)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, output_gradients: Tensor) -> tuple[None, ...]:
+        (indices,) = ctx.saved_tensors
+        if ctx.padding_index is not None:
+            output_gradients = output_gradients.masked_fill((indices == ctx.padding_index).unsqueeze(-1), 0.0)
+        left = indices.reshape(indices.shape[0], -1)
+        ctx.slot.layer.add_matrix_use(ctx.slot, left, _positions(output_gradients, 1))
+        return None, None, None, None, None
+
+
+class _ScaleAndShift(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, slots: Any, inputs: Tensor, scale: Tensor | None, shift: Tensor | None, *gates: Tensor
+    ) -> Tensor:
+        ctx.slots = slots
+        ctx.save_for_backward(inputs if slots[0] is not None else None, scale)
+        outputs = inputs if scale is None else inputs * scale
+        return outputs if shift is None else outputs + shift
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, output_gradients: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, scale = ctx.saved_tensors
+        for_scale, for_shift = ctx.slots
+        if for_scale is not None:
+            axes = for_scale.parameter.ndim
+            for_scale.layer.add_vector_use(for_scale, _positions(output_gradients, axes), _positions(inputs, axes))
+        if for_shift is not None:
+            left = _positions(output_gradients, for_shift.parameter.ndim)
+            for_shift.layer.add_vector_use(for_shift, left, None)
+        input_gradients = None
+        if ctx.needs_input_grad[1]:
+            input_gradients = output_gradients if scale is None else output_gradients * scale
+        return None, input_gradients, None, None, *_no_gradients(ctx.slots)
+
+
+# --- Helpers -------------------------------------------------------------------------------------------------------
+
+
+def _slots(*tensors: Tensor | None) -> tuple[Slot | None, ...]:
+    """The slot of every stand-in, None for plain tensors."""
+    return tuple(tensor.slot if isinstance(tensor, StandIn) else None for tensor in tensors)
+
+
+def _plain(tensor: Tensor | None) -> Tensor | None:
+    """The values of a stand-in, without a path to the parameter: that path is the gate."""
+    return tensor.slot.parameter.detach() if isinstance(tensor, StandIn) else tensor
+
+
+def _parameter_of(leaf: Any) -> Any:
+    """The parameter behind a stand-in; anything else as it is."""
+    return leaf.slot.parameter if isinstance(leaf, StandIn) else leaf
+
+
+def _gates(slots: tuple[Slot | None, ...]) -> list[Tensor]:
+    """The gates of the slots that are there."""
+    return [slot.layer.gate() for slot in slots if slot is not None]
+
+
+def _no_gradients(slots: tuple[Slot | None, ...]) -> list[None]:
+    """One None a gate: a gate is a dependency, not a number."""
+    return [None for slot in slots if slot is not None]
+
+
+def _positions(tensor: Tensor, feature_axes: int) -> Tensor:
+    """`(S, …, *features)` as `(S, T, d)`: all axes in between are positions."""
+    features = tensor.shape[tensor.ndim - feature_axes :].numel()
+    return tensor.reshape(tensor.shape[0], -1, features)

@@ -1,0 +1,204 @@
+"""The engine: ISOPO gradients for any `nn.Module`, in the one backward pass that computes gradients anyway.
+
+    isopo = Isopo(policy, NTK(damping=1.0))
+    with isopo.microbatch(advantages):
+        (-policy.log_prob(batch).sum()).backward()       # unweighted: the advantages enter through the coefficients
+    optimizer.step()
+    isopo.end_step()
+
+How it works. While a microbatch is open, a *stand-in* takes the place of every trainable parameter. It sends
+each use (`F.linear`, `F.embedding`, …) to a handler, which calls an autograd function of `layer_functions.py`: the same
+forward, and a backward that passes the gradient on to the input but keeps the two factors of the weight's own gradient
+instead of multiplying them. Every use also hangs on a *gate*, an autograd node that autograd runs as soon as all uses
+of the layer have been seen. The gate computes the Gram matrix, the coefficients c and the layer's gradient
+Σ_s c_s G_s, and hands that to autograd as the gradient of the parameters. So it is autograd that accumulates it in
+`.grad`, and what builds on autograd works: gradient accumulation, autocast, checkpointing, DistributedDataParallel.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn as nn
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from isopo_mini import checks
+from isopo_mini.geometry import handlers  # noqa: F401  (importing registers them)
+from isopo_mini.geometry.layer_functions import (
+    UnhandledParameterError,
+    matrix_product,
+    register,
+    scale_and_shift,
+    table_lookup,
+)
+from isopo_mini.geometry.layer_gradients import PATHS, LayerGradients, Workspace
+from isopo_mini.geometry.microbatch import Microbatch, layer_names
+from isopo_mini.geometry.transforms import NTK, FisherNormalized, MovingAverages, Transform
+
+__all__ = [
+    "NTK",
+    "FisherNormalized",
+    "Isopo",
+    "UnhandledParameterError",
+    "gram_matrices",
+    "layer_names",
+    "matrix_product",
+    "register",
+    "scale_and_shift",
+    "table_lookup",
+]
+
+
+class Isopo:
+    """Replaces, layer by layer, Σ_s G_s by Σ_s c_s G_s inside the backward pass.
+
+    Args:
+        model: any module whose layers keep the sequence axis first: inputs `(S, …, features)`.
+        transform: `NTK(…)` or `FisherNormalized(…)`.
+        gram: how the Gram matrix of a weight is made: `"dense"`, `"ghost"`, `"auto"` (whichever of the two costs fewer
+            multiplications) or `"sketched"`.
+        sketch_size: k of the sketched Gram matrix.
+        layers: `"separate"`: one set of coefficients a layer. `"together"`: one for the whole model, from the sum of
+            all Gram matrices; backpropagation then holds every layer's factors until its end.
+        decay: of the moving averages.
+        seed: of the sketches and of the sampled tokens.
+
+    Raises:
+        ValueError: an unknown option, or a model without trainable parameters.
+
+    Under `DistributedDataParallel` give the inner module; each rank transforms its own microbatch, then gradients are
+    averaged over the ranks as always.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        transform: Transform,
+        *,
+        gram: str = "auto",
+        sketch_size: int = 32,
+        layers: str = "separate",
+        decay: float = 0.9,
+        seed: int = 0,
+    ) -> None:
+        checks.require_choice("gram", gram, PATHS)
+        checks.require_choice("layers", layers, ("separate", "together"))
+        checks.require_at_least("sketch_size", sketch_size, 1)
+        self.model = model
+        self.transform = transform
+        self.gram = gram
+        self.sketch_size = sketch_size
+        self.layers = layers
+        self._decay = decay
+        self._seed = seed
+        self._averages: dict[str, MovingAverages] = {}
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._workspace = Workspace()
+        if not layer_names(model):
+            raise ValueError("model: expected at least one trainable parameter, got none")
+
+    @contextmanager
+    def microbatch(
+        self, advantages: Float[Tensor, "S"], mask: Bool[Tensor, "S T"] | None = None
+    ) -> Iterator["Microbatch"]:
+        """Open a microbatch: run the forward and the backward pass inside the `with` block.
+
+        Differentiate the *unweighted* sum of log-probabilities (or minus it, for an optimizer that minimises).
+        Afterwards `.coefficients` of the yielded object holds each layer's c.
+
+        Args:
+            advantages: A, one a sequence. The step is linear in them: pass A/S for a mean over sequences.
+            mask: the positions that the token-sampled Fisher norm may draw; all positions when None.
+
+        Raises:
+            ValueError: advantages are not a finite floating `(S,)`; a layer's input does not have S first.
+            UnhandledParameterError: a trainable parameter is used in a way that no handler covers.
+            RuntimeError: a microbatch of this model is open already.
+        """
+        sizes = checks.require_shape("advantages", advantages, "S")
+        checks.require_not_empty("advantages", advantages)
+        checks.require_floating("advantages", advantages)
+        checks.require_finite("advantages", advantages)
+        if mask is not None:
+            checks.require_shape("mask", mask, "S T", sizes)
+        microbatch = Microbatch(self, advantages.detach(), mask)
+        microbatch.install()
+        try:
+            yield microbatch
+        except BaseException:
+            for averages in self._averages.values():
+                averages.forget_pending()
+            raise
+        finally:
+            microbatch.remove()
+
+    def end_step(self) -> None:
+        """Fold this optimizer step's values into the moving averages. Call it after `optimizer.step()`."""
+        for averages in self._averages.values():
+            averages.end_step()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The moving averages, as `{"layer/name": value}`, ready for safetensors."""
+        return {
+            f"{layer}/{name}": value
+            for layer, averages in self._averages.items()
+            for name, value in averages.history.items()
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue with saved moving averages."""
+        self._averages.clear()
+        for key, value in state.items():
+            layer, name = key.rsplit("/", 1)
+            self.averages(layer).history[name] = value
+
+    def averages(self, layer: str) -> MovingAverages:
+        """The moving averages of one layer."""
+        return self._averages.setdefault(layer, MovingAverages(self._decay))
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """The source of randomness on a device."""
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return self._generators[device]
+
+
+def gram_matrices(
+    model: nn.Module,
+    log_probs: Callable[[], Float[Tensor, "S ..."]],
+    *,
+    gram: str = "auto",
+    sketch_size: int = 32,
+) -> dict[str, Float[Tensor, "S S"]]:
+    """K of every layer, without touching `.grad`.
+
+    Args:
+        model: the policy.
+        log_probs: computes the log-probabilities, first axis S; they are summed over everything.
+
+    Returns:
+        The Gram matrix of each layer that the log-probabilities depend on, by the layer's name.
+    """
+    with torch.no_grad():
+        num_sequences = log_probs().shape[0]
+    recorder = _Recorder()
+    engine = Isopo(model, recorder, gram=gram, sketch_size=sketch_size)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with engine.microbatch(
+        torch.zeros(num_sequences, dtype=parameters[0].dtype, device=parameters[0].device)
+    ) as opened:
+        torch.autograd.grad(log_probs().sum(), parameters, allow_unused=True)
+    return dict(zip(opened.coefficients, recorder.grams, strict=True))
+
+
+class _Recorder:
+    """A transform that keeps the Gram matrices and leaves the advantages as they are."""
+
+    def __init__(self) -> None:
+        self.grams: list[Tensor] = []
+
+    def coefficients(self, layer: LayerGradients, advantages: Tensor, averages: MovingAverages) -> Tensor:
+        """The advantages."""
+        self.grams.append(layer.gram())
+        return advantages

@@ -1,0 +1,175 @@
+"""What happens while a microbatch is open: stand-ins before the parameters, and a gate for every layer."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from isopo_mini.geometry.layer_functions import Slot, StandIn, UnhandledParameterError
+from isopo_mini.geometry.layer_gradients import LayerGradients, MatrixGradients, VectorGradients
+
+if TYPE_CHECKING:
+    from isopo_mini.geometry.layerwise import Isopo
+
+
+def layer_names(model: nn.Module, layers: str = "separate") -> dict[nn.Parameter, str]:
+    """The layer of every trainable parameter: the module that owns it, with the parameters of that module.
+
+    Modules that share a parameter (a tied embedding) are one layer, named after the first of them.
+    """
+    names: dict[nn.Parameter, str] = {}
+    for module_name, module in model.named_modules():
+        owned = [p for p in module._parameters.values() if p is not None and p.requires_grad]
+        known = [names[p] for p in owned if p in names]
+        layer = known[0] if known else module_name or "(root)"
+        for parameter in owned:
+            names[parameter] = layer
+        for parameter, name in names.items():  # a module that owns parts of two layers joins them
+            if name in known:
+                names[parameter] = layer
+    return dict.fromkeys(names, "(all)") if layers == "together" else names
+
+
+class _Layer:
+    """One layer of an open microbatch: collects the factors of its gradient and closes its gate."""
+
+    def __init__(self, name: str, microbatch: "Microbatch") -> None:
+        self.name = name
+        self.microbatch = microbatch
+        self.slots: list[Slot] = []
+        self.uses: dict[str, MatrixGradients | VectorGradients] = {}
+        self._gate: Tensor | None = None
+
+    @property
+    def num_sequences(self) -> int:
+        """S, which the first axis of every input must have."""
+        return self.microbatch.advantages.shape[0]
+
+    def gate(self) -> Tensor:
+        """The node that every use hangs on. Made at the first use, so that backward reaches it right after the last."""
+        if self._gate is None:
+            self._gate = _Gate.apply(self, *[slot.parameter for slot in self.slots])
+        return self._gate
+
+    def add_matrix_use(self, slot: Slot, left: Tensor, right: Tensor) -> None:
+        """Backward has reached a use of a weight matrix: G_s += Σ_t left_st right_stᵀ."""
+        rows, columns = slot.parameter.shape
+        matrix = self.uses.setdefault(slot.name, MatrixGradients(rows, columns))
+        if not isinstance(matrix, MatrixGradients):
+            raise UnhandledParameterError(slot.name, "both an elementwise use and a matrix product")
+        matrix.add_use(left, right)
+
+    def add_vector_use(self, slot: Slot, output_gradients: Tensor, factors: Tensor | None) -> None:
+        """Backward has reached a use of a bias or scale: G_s += Σ_t g_st ∘ factor_st."""
+        vector = self.uses.setdefault(slot.name, VectorGradients())
+        if not isinstance(vector, VectorGradients):
+            raise UnhandledParameterError(slot.name, "both an elementwise use and a matrix product")
+        vector.add_use(output_gradients, factors)
+
+    def transformed_gradients(self) -> list[Tensor | None]:
+        """Σ_s c_s G_s for every parameter of the layer; None for one that the loss does not depend on."""
+        if not self.uses:
+            return [None] * len(self.slots)
+        engine = self.microbatch.engine
+        device = self.slots[0].parameter.device
+        gradients = LayerGradients(
+            self.uses,
+            engine.gram,
+            engine.sketch_size,
+            engine._workspace,
+            engine.generator(device),
+            self.microbatch.mask,
+        )
+        with torch.autocast(device.type, enabled=False):
+            coefficients = engine.transform.coefficients(
+                gradients, self.microbatch.advantages, engine.averages(self.name)
+            )
+            combined = gradients.combine(coefficients)
+        self.microbatch.coefficients[self.name] = coefficients
+        self.uses = {}  # a second backward through the same graph starts afresh
+        result: list[Tensor | None] = []
+        for slot in self.slots:
+            gradient = combined.get(slot.name)
+            if gradient is not None:
+                gradient = gradient.view_as(slot.parameter).to(slot.parameter.dtype)
+                self.microbatch.returned[slot.name] = gradient
+            result.append(gradient)
+        return result
+
+
+class _Gate(torch.autograd.Function):
+    """Forward: nothing. Backward: the gradient of all parameters of a layer, once all its uses have been seen."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: _Layer, *parameters: Tensor) -> Tensor:
+        """An empty scalar that carries the dependency."""
+        ctx.layer = layer
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        """Σ_s c_s G_s for every parameter."""
+        return None, *ctx.layer.transformed_gradients()
+
+
+class Microbatch:
+    """What is open between entering and leaving `Isopo.microbatch`."""
+
+    def __init__(self, engine: "Isopo", advantages: Tensor, mask: Tensor | None) -> None:
+        self.engine = engine
+        self.advantages = advantages
+        self.mask = mask
+        self.coefficients: dict[str, Tensor] = {}
+        self.returned: dict[str, Tensor] = {}  # gradients on their way from a gate to `.grad`
+        self._shadowed: list[tuple[nn.Module, str]] = []
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def install(self) -> None:
+        """Put a stand-in before every trainable parameter, wherever a module keeps it."""
+        layer_of = layer_names(self.engine.model, self.engine.layers)
+        layers = {name: _Layer(name, self) for name in dict.fromkeys(layer_of.values())}
+        stand_ins: dict[nn.Parameter, StandIn] = {}
+        try:
+            for module_name, module in self.engine.model.named_modules():
+                for key, parameter in module._parameters.items():
+                    if parameter is None or not parameter.requires_grad:
+                        continue
+                    if key in module.__dict__:
+                        raise RuntimeError(
+                            "microbatch: expected no other open microbatch of this model, got a second one"
+                        )
+                    if parameter not in stand_ins:
+                        name = f"{module_name}.{key}" if module_name else key
+                        slot = Slot(name, parameter, layers[layer_of[parameter]])
+                        slot.layer.slots.append(slot)
+                        stand_ins[parameter] = StandIn.for_slot(slot)
+                        self._hooks.append(parameter.register_hook(self._refuse_other_gradients(name)))
+                    # An entry of __dict__ hides the parameter from attribute access and from nothing else:
+                    # parameters(), state_dict() and the optimizer still see the real one.
+                    module.__dict__[key] = stand_ins[parameter]
+                    self._shadowed.append((module, key))
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Give the modules their parameters back."""
+        for module, key in self._shadowed:
+            del module.__dict__[key]
+        for hook in self._hooks:
+            hook.remove()
+        self._shadowed, self._hooks, self.returned = [], [], {}
+
+    def _refuse_other_gradients(self, name: str) -> Callable[[Tensor], None]:
+        """A hook on the whole gradient of a parameter, on its way to `.grad`: it must be ours and nothing else."""
+
+        def hook(gradient: Tensor) -> None:
+            ours = self.returned.pop(name, None)  # popped, so that autograd may keep the tensor without a copy
+            if ours is None or ours.data_ptr() != gradient.data_ptr():
+                raise UnhandledParameterError(name, "a path that does not go through its module")
+
+        return hook
