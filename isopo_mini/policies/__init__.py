@@ -1,5 +1,8 @@
 """Who acts: policies over a finite set of actions."""
 
 from isopo_mini.policies.categorical import CategoricalPolicy
+from isopo_mini.policies.mlp import MLP
+from isopo_mini.policies.softmax import LinearSoftmax, TabularSoftmax
+from isopo_mini.policies.transformer import CausalTransformer
 
-__all__ = ["CategoricalPolicy"]
+__all__ = ["MLP", "CategoricalPolicy", "CausalTransformer", "LinearSoftmax", "TabularSoftmax"]

@@ -38,9 +38,8 @@ class CategoricalPolicy(nn.Module):
             ValueError: the policy's logits do not have the batch's shape `(S, T)` in front.
         """
         logits = self.logits(batch.observations)  # (S, T, A)
-        checks.require_shape(
-            "logits(batch.observations)", logits, "S T A", checks.require_shape("", batch.mask, "S T")
-        )
+        sizes = checks.require_shape("batch.mask", batch.mask, "S T")
+        checks.require_shape("logits(batch.observations)", logits, "S T A", sizes)
         # Padding may hold any action, even an impossible one such as -1.
         actions = batch.actions.masked_fill(~batch.mask, 0)
         log_probs = logits.log_softmax(dim=-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,49 @@
+"""A multilayer perceptron over feature vectors."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from isopo_mini import checks
+from isopo_mini.policies.categorical import CategoricalPolicy
+
+
+class MLP(CategoricalPolicy):
+    """Linear layers with an activation between them; the last one gives the logits.
+
+    Args:
+        num_features: length d of an observation.
+        num_actions: number of actions A.
+        hidden: width of each hidden layer; `()` gives a linear policy with bias.
+        activation: makes the activation that follows each hidden layer.
+
+    Example:
+        >>> import torch
+        >>> MLP(4, 2, hidden=(16,)).logits(torch.zeros(5, 3, 4)).shape
+        torch.Size([5, 3, 2])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_actions: int,
+        hidden: Sequence[int] = (64,),
+        activation: Callable[[], nn.Module] = nn.Tanh,
+    ) -> None:
+        widths = [num_features, *hidden, num_actions]
+        names = ["num_features", *(f"hidden[{i}]" for i in range(len(hidden))), "num_actions"]
+        for name, width in zip(names, widths, strict=True):
+            checks.require_at_least(name, width, 1)
+        super().__init__()
+        layers: list[nn.Module] = []
+        for i, (inputs, outputs) in enumerate(pairwise(widths)):
+            layers += [activation()] * (i > 0) + [nn.Linear(inputs, outputs)]
+        self.num_features = num_features
+        self.layers = nn.Sequential(*layers)
+
+    def logits(self, observations: Float[Tensor, "... d"]) -> Float[Tensor, "... A"]:
+        """The network's output for every feature vector, `(..., d)` → `(..., A)`."""
+        checks.require_shape("observations", observations, "... d", {"d": self.num_features})
+        return self.layers(observations)
