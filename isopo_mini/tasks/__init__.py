@@ -1,1 +1,5 @@
+"""Where batches come from. A task has `sample(policy, num_sequences)` and `evaluate(policy)`."""
 
+from isopo_mini.tasks.bandit import Bandit, ContextualBandit
+
+__all__ = ["Bandit", "ContextualBandit"]
