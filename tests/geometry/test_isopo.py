@@ -1,0 +1,149 @@
+"""The coefficient transforms against the linear algebra that they abbreviate."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from isopo_mini.geometry import isopo
+
+
+def random_scores(sequences: int = 6, parameters: int = 9, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(sequences, parameters, dtype=torch.float64, generator=generator)
+    return scores, torch.randn(sequences, dtype=torch.float64, generator=generator)
+
+
+@settings(max_examples=25, deadline=None)
+@given(sequences=st.integers(1, 7), parameters=st.integers(1, 7), damping=st.floats(1e-3, 1e3), seed=st.integers(0, 99))
+def test_ntk_is_damping_times_the_natural_gradient(sequences: int, parameters: int, damping: float, seed: int) -> None:
+    """Push-through: Sᵀ λ(SSᵀ+λI)⁻¹A = λ(SᵀS+λI)⁻¹SᵀA. The right side is P×P and never sees the Gram matrix."""
+    scores, advantages = random_scores(sequences, parameters, seed)
+    step = scores.T @ isopo.ntk_coefficients(scores @ scores.T, advantages, damping)
+    identity = torch.eye(parameters, dtype=torch.float64)
+    expected = damping * torch.linalg.solve(scores.T @ scores + damping * identity, scores.T @ advantages)
+    torch.testing.assert_close(step, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_one_sequence_is_sherman_morrison() -> None:
+    scores, advantages = random_scores(sequences=1)
+    squared_norm = scores.square().sum()
+    coefficient = isopo.ntk_coefficients(scores @ scores.T, advantages, 0.7)
+    torch.testing.assert_close(coefficient, 0.7 * advantages / (0.7 + squared_norm), rtol=1e-14, atol=0.0)
+
+
+def test_large_damping_is_reinforce() -> None:
+    scores, advantages = random_scores()
+    gram = scores @ scores.T
+    coefficients = isopo.ntk_coefficients(gram, advantages, 1e9 * float(gram.trace()))
+    torch.testing.assert_close(coefficients, advantages, rtol=1e-8, atol=0.0)
+
+
+def test_small_damping_is_the_natural_gradient() -> None:
+    scores, advantages = random_scores()
+    gram = scores @ scores.T
+    coefficients = isopo.ntk_coefficients(gram, advantages, 1e-9)
+    torch.testing.assert_close(coefficients / 1e-9, torch.linalg.solve(gram, advantages), rtol=1e-6, atol=1e-9)
+
+
+def test_identical_sequences_share_one_coefficient() -> None:
+    """The Gram matrix is singular, and that is fine: m copies of one sequence act as one with damping λ/m."""
+    scores, _ = random_scores(sequences=1)
+    copies = scores.expand(4, -1)
+    advantages = torch.tensor([2.0, 2.0, 2.0, 2.0], dtype=torch.float64)
+    coefficients = isopo.ntk_coefficients(copies @ copies.T, advantages, 0.5)
+    alone = isopo.ntk_coefficients(scores @ scores.T, advantages[:1], 0.5 / 4)
+    torch.testing.assert_close(coefficients, alone.expand(4), rtol=1e-12, atol=0.0)
+
+
+def test_zero_advantages_and_zero_gradients() -> None:
+    scores, advantages = random_scores()
+    gram = scores @ scores.T
+    assert torch.equal(isopo.ntk_coefficients(gram, torch.zeros_like(advantages), 1.0), torch.zeros_like(advantages))
+    # A layer without any gradient has K = 0 and so λ = 0: the advantages stay as they are.
+    zero = torch.zeros((), dtype=torch.float64)
+    assert torch.equal(isopo.solve_ntk(torch.zeros_like(gram), advantages, zero), advantages)
+
+
+def test_single_precision_survives_a_wide_spectrum() -> None:
+    """λ a thousandth of the mean eigenvalue, float32 in and out, against float64 throughout."""
+    scores, advantages = random_scores(sequences=64, parameters=40)
+    gram = scores @ scores.T
+    damping = 1e-3 * float(isopo.mean_eigenvalue(gram))
+    single = isopo.ntk_coefficients(gram.float(), advantages.float(), damping)
+    step, expected = (scores.T @ c.double() for c in (single, isopo.ntk_coefficients(gram, advantages, damping)))
+    assert (step - expected).norm() < 1e-3 * expected.norm()  # the input is only rounded once, to 6e-8 of tr K
+
+
+def test_fisher_norms_are_quadratic_forms_of_the_empirical_fisher() -> None:
+    scores, _ = random_scores()
+    fisher = scores.T @ scores / scores.shape[0]
+    expected = torch.einsum("sp,pq,sq->s", scores, fisher, scores).sqrt()
+    torch.testing.assert_close(isopo.fisher_norms(scores @ scores.T), expected, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(isopo.exact_fisher_norms(scores, fisher), expected, rtol=1e-12, atol=0.0)
+
+
+def test_token_norm_with_every_sequence_as_its_token_is_the_sequence_norm() -> None:
+    """With T = 1 the tokens are the sequences; the public code's denominator is then √(tr K)."""
+    scores, _ = random_scores()
+    gram = scores @ scores.T
+    torch.testing.assert_close(isopo.token_fisher_norms(gram), isopo.fisher_norms(gram), rtol=1e-12, atol=0.0)
+    token_norms = gram.diagonal().sqrt()
+    ratio = isopo.fisher_norms(gram) / isopo.token_fisher_norms(gram, token_norms)
+    root_trace = (gram.trace() / 6).sqrt()  # √tr F̂: the same for all sequences
+    torch.testing.assert_close(ratio, root_trace.expand(6), rtol=1e-12, atol=0.0)
+
+
+def test_every_sequence_gets_a_step_of_fisher_length_one() -> None:
+    scores, _ = random_scores()
+    fisher = scores.T @ scores / 6
+    ones = torch.ones(6, dtype=torch.float64)
+    coefficients = isopo.normalized_coefficients(isopo.exact_fisher_norms(scores, fisher), ones)
+    torch.testing.assert_close(isopo.exact_fisher_norms(coefficients[:, None] * scores, fisher), ones)
+
+
+def test_powers_and_regularisers_as_written() -> None:
+    norms = torch.tensor([0.1, 1.0, 3.0], dtype=torch.float64)
+    advantages = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    assert torch.equal(isopo.normalized_coefficients(norms, advantages, power=0.0), advantages)
+    torch.testing.assert_close(isopo.normalized_coefficients(norms, advantages, power=2.0), advantages / norms**2)
+    floor = isopo.normalized_coefficients(norms, advantages, strength=0.1, mean_square=4.0)
+    torch.testing.assert_close(floor, advantages / (norms**2 + 0.4).sqrt())
+    keep = isopo.normalized_coefficients(norms, advantages, strength=0.1, mean_square=4.0, keep_small=True)
+    torch.testing.assert_close(keep, advantages / (norms**2 / 0.4 + 1).sqrt())
+
+
+def test_keep_small_leaves_small_gradients_alone_and_the_floor_does_not() -> None:
+    """The two regularisers are easily confused: at x² ≪ ρm one divides by 1, the other by √(ρm)."""
+    norms, advantages = torch.tensor([1e-6, 1.0]).double(), torch.ones(2).double()
+    keep = isopo.normalized_coefficients(norms, advantages, strength=0.01, mean_square=1.0, keep_small=True)
+    floor = isopo.normalized_coefficients(norms, advantages, strength=0.01, mean_square=1.0)
+    assert keep[0] == pytest.approx(1.0, abs=1e-9)
+    assert floor[0] == pytest.approx(10.0, abs=1e-9)
+
+
+def test_a_sequence_without_gradient_gets_coefficient_zero() -> None:
+    coefficients = isopo.normalized_coefficients(torch.tensor([0.0, 2.0]), torch.tensor([5.0, 5.0]))
+    assert coefficients.tolist() == [0.0, 2.5]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_errors_say_what_was_expected_and_what_came() -> None:
+    gram, advantages = torch.eye(3), torch.ones(3)
+    with pytest.raises(ValueError, match=r"gram: expected shape \(S S\), got \(3, 4\)"):
+        isopo.ntk_coefficients(torch.ones(3, 4), advantages, 1.0)
+    with pytest.raises(ValueError, match=r"advantages: expected shape \(S=3\), got \(4,\)"):
+        isopo.ntk_coefficients(gram, torch.ones(4), 1.0)
+    with pytest.raises(ValueError, match=r"damping: expected a finite number > 0, got -1"):
+        isopo.ntk_coefficients(gram, advantages, -1.0)
+    with pytest.raises(ValueError, match=r"gram: expected finite numbers, got nan at index \(0, 1\)"):
+        isopo.ntk_coefficients(torch.tensor([[1.0, float("nan")], [0.0, 1.0]]), advantages[:2], 1.0)
+    with pytest.raises(TypeError, match=r"advantages: expected a floating-point tensor, got torch.int64"):
+        isopo.ntk_coefficients(gram, torch.ones(3, dtype=torch.int64), 1.0)
+    with pytest.raises(ValueError, match=r"norms: expected numbers >= 0, got -1"):
+        isopo.normalized_coefficients(torch.tensor([-1.0]), torch.ones(1))
+    with pytest.raises(ValueError, match=r"strength: expected a finite number >= 0, got -0.1"):
+        isopo.normalized_coefficients(torch.ones(1), torch.ones(1), strength=-0.1)
+    with pytest.raises(ValueError, match=r"gram: expected at least one entry"):
+        isopo.fisher_norms(torch.ones(0, 0))
