@@ -181,8 +181,9 @@ class _ScaleAndShift(torch.autograd.Function):
     ) -> Tensor:
         ctx.slots = slots
         ctx.save_for_backward(inputs if slots[0] is not None else None, scale)
-        outputs = inputs if scale is None else inputs * scale
-        return outputs if shift is None else outputs + shift
+        if scale is None:
+            return inputs if shift is None else inputs + shift
+        return inputs * scale if shift is None else torch.addcmul(shift, inputs, scale)
 
     @staticmethod
     @once_differentiable

@@ -152,6 +152,7 @@ class VectorGradients:
 
     output_gradients: list[Tensor] = field(default_factory=list)  # each (S, T, d)
     factors: list[Tensor | None] = field(default_factory=list)  # each (S, T, d), or None for 1
+    formed: Tensor | None = None  # the G_s, (S, d), once they are made
 
     def add_use(self, output_gradients: Tensor, factors: Tensor | None) -> None:
         """One more use of the parameter in the forward pass."""
@@ -160,13 +161,14 @@ class VectorGradients:
 
     def form(self) -> Tensor:
         """All G_s, `(S, d)`."""
-        parts = []
-        for gradients, factors in zip(self.output_gradients, self.factors, strict=True):
-            if factors is None:
-                parts.append(gradients.sum(dim=1))
-            else:
-                parts.append((gradients * factors).sum(dim=1))
-        return sum_of(parts)
+        if self.formed is None:
+            self.formed = sum_of(
+                [
+                    (gradients if factors is None else gradients * factors).sum(dim=1)
+                    for gradients, factors in zip(self.output_gradients, self.factors, strict=True)
+                ]
+            )
+        return self.formed
 
     def gram(self) -> Tensor:
         """K, `(S, S)`."""

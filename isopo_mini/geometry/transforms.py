@@ -1,7 +1,7 @@
 """Which coefficients a layer's gradients get: the two variants of ISOPO, with the averages they carry along."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -48,6 +48,7 @@ class MovingAverages:
         return self.decay * self.history[name] + (1.0 - self.decay) * value
 
 
+@runtime_checkable
 class Transform(Protocol):
     """Turns the advantages of a microbatch into one layer's coefficients."""
 

@@ -1,0 +1,214 @@
+"""One suite over all rules, then what is special to each."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from isopo_mini.batch import Batch
+from isopo_mini.geometry import fisher, isopo
+from isopo_mini.policies import MLP, CausalTransformer, TabularSoftmax
+from isopo_mini.tasks.bandit import ContextualBandit
+from isopo_mini.training import diagnostics
+from isopo_mini.training.loop import train
+from isopo_mini.training.update_rules import (
+    ExactFisherIsopo,
+    FisherNormalizedIsopo,
+    NaturalGradient,
+    NtkIsopo,
+    Reinforce,
+    assign_gradient,
+    batch_advantages,
+    centred_advantages,
+)
+
+RULES: dict[str, Callable[[], Any]] = {
+    "REINFORCE": Reinforce,
+    "REINFORCE, microbatches": lambda: Reinforce(microbatch_size=5),
+    "natural gradient, dense": lambda: NaturalGradient(damping=0.1),
+    "natural gradient, CG": lambda: NaturalGradient(damping=0.1, solver="cg"),
+    "natural gradient, dual": lambda: NaturalGradient(damping=0.1, fisher="empirical", solver="dual"),
+    "natural gradient, empirical": lambda: NaturalGradient(damping=0.1, fisher="empirical"),
+    "ISOPO (NTK)": NtkIsopo,
+    "ISOPO (NTK), microbatches": lambda: NtkIsopo(microbatch_size=5),
+    "ISOPO (NTK), sketched": lambda: NtkIsopo(gram="sketched", sketch_size=2),
+    "ISOPO (NTK), all layers together": lambda: NtkIsopo(layers="together"),
+    "ISOPO (Fisher)": FisherNormalizedIsopo,
+    "ISOPO (Fisher), tokens": lambda: FisherNormalizedIsopo("token"),
+    "ISOPO (Fisher), exact": ExactFisherIsopo,
+}
+
+
+def make_bandit(seed: int = 0) -> ContextualBandit:
+    generator = torch.Generator().manual_seed(seed)
+    return ContextualBandit(
+        torch.rand(4, 3, generator=generator).double(),
+        noise="gaussian",
+        noise_scale=0.1,
+        features=torch.randn(4, 5, generator=generator).double(),
+    )
+
+
+def make_policy() -> MLP:
+    torch.manual_seed(1)
+    return MLP(5, 3, hidden=(8,)).double()
+
+
+def make_batch(policy: MLP, sequences: int = 16) -> Batch:
+    return make_bandit().sample(policy, sequences, generator=torch.Generator().manual_seed(2))
+
+
+def direction(rule: Any, policy: Any, batch: Batch) -> torch.Tensor:
+    """The ascent direction: what plain gradient descent with step size 1 adds to the parameters."""
+    before = torch.cat([p.detach().flatten() for p in policy.parameters()]).clone()
+    rule.step(policy, batch, torch.optim.SGD(policy.parameters(), lr=1.0))
+    return torch.cat([p.detach().flatten() for p in policy.parameters()]) - before
+
+
+@pytest.mark.parametrize("name", RULES)
+class TestEveryRule:
+    def test_reports_the_common_metrics(self, name: str) -> None:
+        policy = make_policy()
+        metrics = RULES[name]().step(policy, make_batch(policy), torch.optim.SGD(policy.parameters(), lr=0.1))
+        assert metrics["backward_passes"] == 1.0
+        assert metrics["gradient_norm"] == pytest.approx(diagnostics.flat_gradient(policy).norm().item())
+        assert metrics["gradient_norm"] > 0
+
+    def test_is_deterministic(self, name: str) -> None:
+        policy, other = make_policy(), make_policy()
+        batch = make_batch(policy)
+        assert torch.equal(direction(RULES[name](), policy, batch), direction(RULES[name](), other, batch))
+
+    def test_equal_rewards_change_nothing(self, name: str) -> None:
+        policy = make_policy()
+        batch = make_batch(policy)
+        equal = Batch(
+            batch.observations, batch.actions, batch.mask, torch.full_like(batch.rewards, 3.0), batch.log_probs
+        )
+        assert torch.equal(direction(RULES[name](), policy, equal), torch.zeros(75, dtype=torch.float64))
+
+    def test_improves_a_bandit(self, name: str) -> None:
+        policy, bandit = make_policy(), make_bandit()
+        before = bandit.evaluate(policy)["gap"]
+        optimizer = torch.optim.Adam(policy.parameters(), lr=0.02)  # the rules differ in scale, Adam does not mind
+        table = train(policy, bandit, RULES[name](), optimizer, steps=50, seed=0, evaluate_every=50, progress=False)
+        assert table["gap"].iloc[-1] < 0.5 * before
+        assert table["backward_passes"].iloc[-1] == 50
+
+    def test_only_the_trainable_part_of_a_policy_moves(self, name: str) -> None:
+        policy = make_policy()
+        frozen = next(policy.parameters())
+        frozen.requires_grad_(False)
+        before = frozen.clone()
+        assert direction(RULES[name](), policy, make_batch(policy)).norm() > 0
+        assert torch.equal(frozen, before)
+
+
+def test_the_natural_gradients_agree_with_each_other() -> None:
+    policy = make_policy()
+    batch = make_batch(policy)
+
+    def of(**options: Any) -> torch.Tensor:
+        return direction(NaturalGradient(damping=0.1, **options), make_policy(), batch)
+
+    torch.testing.assert_close(of(solver="cg", tolerance=1e-12), of(), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(of(fisher="empirical", solver="dual"), of(fisher="empirical"), rtol=1e-8, atol=1e-10)
+    assert diagnostics.cosine(of(), of(fisher="empirical")) < 0.999  # but the two Fisher matrices differ
+
+
+def test_ntk_on_all_layers_together_is_the_damped_natural_gradient() -> None:
+    """λ(K+λI)⁻¹A over the whole policy = λ·S times the dual natural gradient with damping λ/S, divided by S."""
+    policy = make_policy()
+    batch = make_batch(policy)
+    scores = fisher.score_matrix(policy, batch.observations, batch.actions, batch.mask)
+    damping = 0.3 * float((scores @ scores.T).trace()) / len(batch)  # λ = ρ tr K/S
+    ntk = direction(NtkIsopo(0.3, layers="together"), make_policy(), batch)
+    natural = direction(NaturalGradient(damping / len(batch), fisher="empirical", solver="dual"), make_policy(), batch)
+    torch.testing.assert_close(ntk, damping / len(batch) * natural, rtol=1e-9, atol=1e-12)
+
+
+def test_ntk_with_large_damping_is_reinforce() -> None:
+    batch = make_batch(make_policy())
+    reinforce = direction(Reinforce(), make_policy(), batch)
+    ntk = direction(NtkIsopo(1e9), make_policy(), batch)
+    assert (ntk - reinforce).norm() < 1e-6 * reinforce.norm()
+
+
+def test_microbatches_leave_reinforce_and_change_isopo() -> None:
+    """REINFORCE is a sum over sequences. ISOPO sees which sequences share a microbatch."""
+    batch = make_batch(make_policy())
+    whole, parts = (direction(Reinforce(microbatch_size=size), make_policy(), batch) for size in (None, 3))
+    torch.testing.assert_close(whole, parts, rtol=1e-12, atol=1e-14)
+    whole, parts = (direction(NtkIsopo(0.1, microbatch_size=size), make_policy(), batch) for size in (None, 4))
+    assert diagnostics.cosine(whole, parts) < 0.999
+
+
+def test_exact_fisher_isopo_on_a_tabular_policy_in_closed_form() -> None:
+    """One context: every sampled pull moves the policy by A_s/√(gᵀFg) along its score g = e_a − π."""
+    policy = TabularSoftmax.from_probs(torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64))
+    actions = torch.tensor([[0], [1], [2], [2]])
+    batch = Batch(
+        torch.zeros(4, 1, dtype=torch.int64),
+        actions,
+        torch.ones(4, 1, dtype=torch.bool),
+        torch.tensor([1.0, 0.0, 2.0, 0.5], dtype=torch.float64),
+        torch.zeros(4, 1, dtype=torch.float64),
+    )
+    probs = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    metric = torch.diag(probs) - torch.outer(probs, probs)
+    expected = torch.zeros(3, dtype=torch.float64)
+    for action, advantage in zip(actions[:, 0], batch_advantages(batch), strict=True):
+        score = torch.eye(3, dtype=torch.float64)[action] - probs
+        expected += advantage * score / (score @ metric @ score).sqrt() / 4
+    torch.testing.assert_close(direction(ExactFisherIsopo(), policy, batch), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_transformer_takes_every_layerwise_rule() -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 7, (6, 5))
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(6, 4, dtype=torch.bool), torch.rand(6), torch.zeros(6, 4))
+    for rule in (NtkIsopo(gram="sketched", sketch_size=4), FisherNormalizedIsopo("token"), NtkIsopo(microbatch_size=2)):
+        policy = CausalTransformer(7, 4, width=8, layers=1, heads=2)
+        before = diagnostics.snapshot(policy)
+        rule.step(policy, batch, torch.optim.AdamW(policy.parameters(), lr=1e-2, weight_decay=0.0))
+        assert min(diagnostics.update_norms(before, policy).values()) > 0  # every parameter has moved
+
+
+def test_another_policy_starts_with_its_own_averages() -> None:
+    rule = NtkIsopo(0.1)
+    batch = make_batch(make_policy())
+    first = direction(rule, make_policy(), batch)
+    assert torch.equal(direction(rule, make_policy(), batch), first)
+
+
+def test_centred_advantages_respect_groups() -> None:
+    policy = make_policy()
+    batch = make_batch(policy)
+    advantages = centred_advantages(batch)
+    assert batch.groups is not None
+    for group in batch.groups.unique():
+        assert advantages[batch.groups == group].sum().abs() < 1e-12
+    total = isopo.normalized_coefficients(torch.ones(16).double(), batch_advantages(batch)).sum()
+    assert abs(total) < 1e-12
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_errors_say_what_was_expected_and_what_came() -> None:
+    with pytest.raises(ValueError, match=r"damping: expected a finite number >= 0, got -1"):
+        NaturalGradient(damping=-1.0)
+    with pytest.raises(ValueError, match=r"solver: expected one of dense, cg, got 'dual'"):
+        NaturalGradient(solver="dual")
+    with pytest.raises(ValueError, match=r"damping: expected a finite number > 0, got 0"):
+        NtkIsopo(damping=0.0)
+    with pytest.raises(ValueError, match=r"norm: expected one of sequence, token, token-unscaled, got 'exact'"):
+        FisherNormalizedIsopo(norm="exact")
+    policy = make_policy()
+    batch = make_batch(policy)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    with pytest.raises(ValueError, match=r"advantages\(batch\): expected shape \(S=16\), got \(16, 1\)"):
+        Reinforce(advantages=lambda batch: batch.rewards[:, None]).step(policy, batch, optimizer)
+    with pytest.raises(ValueError, match=r"gradient: expected shape \(P=75\), got \(3,\)"):
+        assign_gradient(policy, torch.zeros(3))
+    with pytest.raises(ValueError, match=r"size: expected at least 1, got 0"):
+        Reinforce(microbatch_size=0).step(policy, batch, optimizer)
