@@ -2,12 +2,10 @@
 
 To teach it a new layer, register one more. A convolution, for example, is a matrix product with patches:
 
-    @register(F.conv1d)
-    def conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-        width = weight.shape[2]
-        patches = F.pad(input, (padding, padding)).unfold(2, width, stride)      # (S, channels, T, width)
-        patches = patches.permute(0, 2, 1, 3).flatten(2)                         # (S, T, channels·width)
-        ...
+    @layerwise.register(F.conv1d)
+    def convolution(input, weight, bias=None, *rest):                       # stride 1, no padding
+        patches = input.unfold(2, weight.shape[2], 1).transpose(1, 2).flatten(2)     # (S, T, channels · width)
+        return layerwise.matrix_product(patches, weight, bias).transpose(1, 2)
 """
 
 from typing import Any

@@ -105,14 +105,17 @@ def register(*functions: Callable) -> Callable[[Callable], Callable]:
 
 
 def matrix_product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """inputs Wᵀ + b, with inputs `(S, …, i)` and W `(o, i)`. Weight and bias may be stand-ins or plain tensors."""
+    """inputs Wᵀ + b, with inputs `(S, …, i)`. Weight and bias may be stand-ins or plain tensors.
+
+    W is `(o, i)`; a weight with more axes, such as the kernel of a convolution, is read as `(o, everything else)`.
+    """
     slots = _slots(weight, bias)
     for slot in slots:
         if slot is not None:
             slot.check_input(inputs, axes=2)
     if slots[0] is None and weight.requires_grad:  # a weight that was computed: its gradient is autograd's affair
-        return scale_and_shift(F.linear(inputs, weight), None, bias)
-    return _MatrixProduct.apply(slots, inputs, _plain(weight), _plain(bias), *_gates(slots))
+        return scale_and_shift(F.linear(inputs, weight.flatten(1)), None, bias)
+    return _MatrixProduct.apply(slots, inputs, _plain(weight).flatten(1), _plain(bias), *_gates(slots))
 
 
 def table_lookup(indices: Tensor, table: Tensor, padding_index: int | None = None) -> Tensor:
@@ -210,7 +213,7 @@ def _slots(*tensors: Tensor | None) -> tuple[Slot | None, ...]:
     return tuple(tensor.slot if isinstance(tensor, StandIn) else None for tensor in tensors)
 
 
-def _plain(tensor: Tensor | None) -> Tensor | None:
+def _plain(tensor: Any) -> Any:
     """The values of a stand-in, without a path to the parameter: that path is the gate."""
     return tensor.slot.parameter.detach() if isinstance(tensor, StandIn) else tensor
 

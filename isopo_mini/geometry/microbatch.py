@@ -56,7 +56,7 @@ class _Layer:
 
     def add_matrix_use(self, slot: Slot, left: Tensor, right: Tensor) -> None:
         """Backward has reached a use of a weight matrix: G_s += Σ_t left_st right_stᵀ."""
-        rows, columns = slot.parameter.shape
+        rows, columns = slot.parameter.shape[0], slot.parameter[0].numel()
         matrix = self.uses.setdefault(slot.name, MatrixGradients(rows, columns))
         if not isinstance(matrix, MatrixGradients):
             raise UnhandledParameterError(slot.name, "both an elementwise use and a matrix product")
