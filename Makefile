@@ -1,0 +1,69 @@
+# Everything a reader or a developer types. `make` alone lists it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help book test lab serve draft lint format lock clean
+
+help:  ## List these commands
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{ printf "make %-8s %s\n", $$1, $$2 }'
+
+# The environment: the full lock, then the package itself without letting pip look for other versions.
+# Matplotlib lists the machine's fonts on its first import and says so on stderr, so that is done here, once.
+$(INSTALLED): requirements.txt pyproject.toml
+	@echo "Making $(VENV) from requirements.txt (about two minutes the first time)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(BIN)/python -c "import matplotlib.font_manager"
+	@touch $@
+
+book: $(INSTALLED)  ## Execute every chapter and write _build/html/index.html; any error or warning fails
+	@echo "Building the book: every chapter runs, nothing comes from a cache"
+	TQDM_DISABLE=1 $(BIN)/jupyter-book build -W --keep-going --all .
+	$(BIN)/python scripts/check_pages.py _build/html
+	@echo "The book is at _build/html/index.html; make serve shows it"
+
+test: $(INSTALLED)  ## Run all tests
+	@echo "Running the tests"
+	$(BIN)/python -m pytest
+
+lab: $(INSTALLED)  ## Open the chapters in JupyterLab
+	@echo "Starting JupyterLab on book/ (stop it with Ctrl-C)"
+	$(BIN)/jupyter lab --notebook-dir=book
+
+serve:  ## Show the built book in a browser
+	@test -f _build/html/index.html || { echo "There is no book yet: type make book first"; exit 1; }
+	@echo "The book is at http://localhost:8000 (stop with Ctrl-C)"
+	@$(PYTHON) -m http.server --bind localhost --directory _build/html 8000
+
+draft: $(INSTALLED)  ## Build one chapter quickly: make draft CHAPTER=book/foundations/01_policies_and_scores.ipynb
+	@test -n "$(CHAPTER)" || { echo "Say which chapter: make draft CHAPTER=book/foundations/01_policies_and_scores.ipynb"; exit 1; }
+	@echo "Building $(CHAPTER) alone"
+	TQDM_DISABLE=1 $(BIN)/python scripts/draft.py $(CHAPTER)
+
+lint: $(INSTALLED)  ## Check style, types, notebooks and the project's address
+	@echo "Checking style, types, notebooks and the project's address"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python scripts/check_notebooks.py
+	$(BIN)/python scripts/sync_address.py --check
+
+format: $(INSTALLED)  ## Put code and notebooks into their standard form
+	@echo "Formatting code and notebooks"
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format --quiet .
+	$(BIN)/python scripts/check_notebooks.py --fix
+	$(BIN)/python scripts/sync_address.py
+
+lock:  ## Renew requirements.txt from pyproject.toml in a throwaway environment
+	@echo "Resolving pyproject.toml in a throwaway environment (a few minutes)"
+	$(PYTHON) scripts/lock.py
+
+clean:  ## Remove the built book and all caches; .venv stays
+	@echo "Removing _build and caches"
+	rm -rf _build .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
