@@ -1,0 +1,146 @@
+"""Hold the notebooks to the book's rules, so that they read well as text, in git and in Colab.
+
+    python scripts/check_notebooks.py [NOTEBOOK ...]          # print what is wrong; exits 1 when something is
+    python scripts/check_notebooks.py --fix [NOTEBOOK ...]    # strip outputs and metadata, then check
+
+A notebook is stored as nbformat 4.5 writes it: no outputs, no execution counts, no metadata of the machine that
+ran it, and cell ids that stay. A chapter moreover has the parts that its reader relies on.
+"""
+
+import argparse
+import ast
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from sync_address import ROOT, notebooks
+
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+CELL_METADATA = {"mystnb", "tags"}
+TAGS = {"setup", "hide-input", "hide-output", "hide-cell", "remove-input", "remove-output", "remove-cell"}
+CHAPTER_FOLDERS = {"foundations", "isopo", "experiments", "neighbours"}
+CHAPTER_SECTIONS = ("Where it breaks", "Exercises", "Summary")
+CODE_LINES = 25
+DRAWS = re.compile(r"\bplt\.(show|subplots|figure|subplot_mosaic)\(")
+
+Notebook = dict[str, Any]
+
+
+def serialized(notebook: Notebook) -> str:
+    """A notebook's text as nbformat and JupyterLab write it."""
+    return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def stripped(notebook: Notebook, stem: str) -> Notebook:
+    """The notebook without what belongs to one run on one machine; a cell without an id gets one."""
+    ids = {cell.get("id") for cell in notebook["cells"]}
+    free = (name for number in range(1, 1000) if (name := f"{stem}-{number:02d}") not in ids)
+    cells = []
+    for cell in notebook["cells"]:
+        metadata = {key: value for key, value in cell["metadata"].items() if key in CELL_METADATA and value}
+        source = "".join(cell["source"]).strip("\n")
+        kept = {"cell_type": cell["cell_type"], "id": cell.get("id") or next(free), "metadata": metadata}
+        kept["source"] = source.splitlines(keepends=True)
+        if cell["cell_type"] == "code":
+            kept |= {"execution_count": None, "outputs": []}
+        cells.append(kept)
+    return {"cells": cells, "metadata": METADATA, "nbformat": 4, "nbformat_minor": 5}
+
+
+def form_complaints(text: str, stem: str) -> list[str]:
+    """What is wrong with how the notebook is stored."""
+    notebook = json.loads(text)
+    wrong = []
+    ids = [cell.get("id") for cell in notebook["cells"]]
+    if None in ids or len(set(ids)) < len(ids):
+        wrong.append("every cell needs an id of its own")
+    if any(cell.get("outputs") or cell.get("execution_count") for cell in notebook["cells"]):
+        wrong.append("outputs and execution counts must be stripped")
+    if not wrong and text != serialized(stripped(notebook, stem)):
+        wrong.append("metadata, empty lines around a cell or the JSON layout differ from the standard form")
+    return [f"{complaint}: make format" for complaint in wrong]
+
+
+def code_complaints(cells: list[Notebook]) -> list[str]:
+    """What is wrong with single code cells."""
+    wrong = []
+    for cell in cells:
+        source, tags = "".join(cell["source"]), set(cell["metadata"].get("tags", []))
+        where = f"cell {cell.get('id')}"
+        lines = len(source.splitlines())
+        if lines > CODE_LINES:
+            wrong.append(f"{where}: {lines} lines of code, at most {CODE_LINES}")
+        try:
+            ast.parse(source)
+        except SyntaxError as error:
+            wrong.append(f"{where}: not plain Python ({error.msg}, line {error.lineno})")
+        if tags - TAGS:
+            wrong.append(f"{where}: unknown tags {', '.join(sorted(tags - TAGS))}")
+        alt = cell["metadata"].get("mystnb", {}).get("image", {}).get("alt", "")
+        if DRAWS.search(source) and len(alt.split()) < 4:
+            wrong.append(f"{where}: draws a figure, so its metadata mystnb.image.alt must say what is seen")
+    return wrong
+
+
+def chapter_complaints(notebook: Notebook) -> list[str]:
+    """What a chapter lacks: one title, the setup cell, the promised sections, an assertion of its claim."""
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    prose = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
+    prose = re.sub(r"(?ms)^(```+|~~~+).*?^\1\s*$", "", prose)  # a `#` in a listing is no heading
+    wrong = [f"no section '{section}'" for section in CHAPTER_SECTIONS if not re.search(rf"(?m)^## {section}\b", prose)]
+    if len(re.findall(r"(?m)^# ", prose)) != 1:
+        wrong.append("exactly one title (# …) is expected")
+    if not code or "setup" not in code[0]["metadata"].get("tags", []):
+        wrong.append("the first code cell must be the setup cell, tagged setup")
+    asserts = (node for cell in code for node in ast.walk(parsed(cell)) if isinstance(node, ast.Assert))
+    if next(asserts, None) is None:
+        wrong.append("no cell asserts the chapter's claim")
+    return wrong
+
+
+def parsed(cell: Notebook) -> ast.AST:
+    """A cell's syntax tree; an empty one when it does not parse, which is complained of elsewhere."""
+    try:
+        return ast.parse("".join(cell["source"]))
+    except SyntaxError:
+        return ast.Module(body=[], type_ignores=[])
+
+
+def complaints(text: str, path: Path) -> list[str]:
+    """Everything that is wrong with the notebook at `path`, whose text is given."""
+    notebook = json.loads(text)
+    wrong = form_complaints(text, path.stem)
+    wrong += code_complaints([cell for cell in notebook["cells"] if cell["cell_type"] == "code"])
+    if path.parent.name in CHAPTER_FOLDERS:
+        wrong += chapter_complaints(notebook)
+    return wrong
+
+
+def main() -> int:
+    """Fix if asked, then check; the exit status says whether anything is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fix", action="store_true", help="first strip outputs, counts and machine metadata")
+    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all of the book")
+    arguments = parser.parse_args()
+    wrong = []
+    for path in arguments.notebooks or notebooks(ROOT):
+        text = path.read_text()
+        if arguments.fix:
+            fixed = serialized(stripped(json.loads(text), path.stem))
+            if fixed != text:
+                path.write_text(fixed)
+                text = fixed
+                print(f"{path}: put into standard form")
+        wrong += [f"{path}: {complaint}" for complaint in complaints(text, path)]
+    if wrong:
+        print("\n".join(wrong))
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

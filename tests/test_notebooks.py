@@ -1,0 +1,99 @@
+"""The notebooks keep the book's rules, and the checker that says so would notice if they did not."""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+
+import check_notebooks
+import pytest
+import sync_address
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sync_address.notebooks(ROOT)
+CHAPTER = Path("book/foundations/00_example.ipynb")
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [path.relative_to(ROOT).as_posix() for path in paths]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
+def test_notebook_keeps_the_rules(path: Path) -> None:
+    assert check_notebooks.complaints(path.read_text(), path) == []
+
+
+def test_table_of_contents_lists_exactly_the_pages_that_exist() -> None:
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    listed = [toc["root"]] + [page["file"] for part in toc["parts"] for page in part["chapters"]]
+    assert len(listed) == len(set(listed))
+    pages = [*NOTEBOOKS, *(ROOT / "book").rglob("*.md")]
+    existing = {path.relative_to(ROOT).with_suffix("").as_posix() for path in pages}
+    existing = {page for page in existing if ".ipynb_checkpoints" not in page}
+    assert set(listed) == existing
+
+
+def code(source: str, name: str, **metadata: object) -> dict:
+    return {
+        "cell_type": "code",
+        "execution_count": None,
+        "id": name,
+        "metadata": metadata,
+        "outputs": [],
+        "source": source.splitlines(keepends=True),
+    }
+
+
+def good_chapter() -> dict:
+    """The smallest chapter without fault."""
+    prose = "# Title\n\n## Where it breaks\n\n## Exercises\n\n## Summary"
+    cells = [
+        {"cell_type": "markdown", "id": "a", "metadata": {}, "source": prose.splitlines(keepends=True)},
+        code("import torch", "b", tags=["setup"]),
+        code("plt.show()", "c", mystnb={"image": {"alt": "Four words or more."}}),
+        code("assert 1 + 1 == 2", "d"),
+    ]
+    return {"cells": cells, "metadata": check_notebooks.METADATA, "nbformat": 4, "nbformat_minor": 5}
+
+
+def complaints(notebook: dict) -> list[str]:
+    return check_notebooks.complaints(check_notebooks.serialized(notebook), CHAPTER)
+
+
+def test_checker_accepts_a_good_chapter() -> None:
+    assert complaints(good_chapter()) == []
+
+
+@pytest.mark.parametrize(
+    ("cell", "change", "complaint"),
+    [
+        (1, {"execution_count": 3}, "execution counts must be stripped"),
+        (1, {"outputs": [{"output_type": "stream", "name": "stdout", "text": "1"}]}, "must be stripped"),
+        (1, {"metadata": {}}, "the first code cell must be the setup cell"),
+        (1, {"metadata": {"tags": ["setup", "hide_input"]}}, "unknown tags hide_input"),
+        (1, {"metadata": {"tags": ["setup"], "collapsed": True}}, "differ from the standard form"),
+        (1, {"id": "a"}, "an id of its own"),
+        (2, {"metadata": {}}, "mystnb.image.alt must say what is seen"),
+        (2, {"metadata": {"mystnb": {"image": {"alt": "plot"}}}}, "mystnb.image.alt must say what is seen"),
+        (3, {"source": ["print(2)"]}, "no cell asserts"),
+        (3, {"source": ["assert 1\n"] * 25 + ["assert 1"]}, "26 lines of code"),
+        (3, {"source": ["%matplotlib inline"]}, "not plain Python"),
+        (0, {"source": ["# Title\n", "## Exercises\n", "## Summary"]}, "no section 'Where it breaks'"),
+        (0, {"source": ["## Where it breaks\n", "## Exercises\n", "## Summary"]}, "exactly one title"),
+    ],
+)
+def test_checker_notices(cell: int, change: dict, complaint: str) -> None:
+    notebook = deepcopy(good_chapter())
+    notebook["cells"][cell] |= change
+    assert any(complaint in said for said in complaints(notebook)), complaints(notebook)
+
+
+def test_fixing_removes_what_a_run_left_behind_and_keeps_the_rest() -> None:
+    notebook = good_chapter()
+    used = deepcopy(notebook)
+    used["metadata"] = {"language_info": {"name": "python", "version": "3.13.0"}, "widgets": {}}
+    used["nbformat_minor"] = 4
+    used["cells"][3] |= {"execution_count": 7, "outputs": [{"output_type": "stream", "name": "stdout", "text": "1"}]}
+    used["cells"][3]["metadata"] = {"jupyter": {"outputs_hidden": True}, "tags": []}
+    assert check_notebooks.stripped(used, "00_example") == notebook
+    assert json.loads(check_notebooks.serialized(notebook)) == notebook
