@@ -1,0 +1,179 @@
+"""The repository keeps its promises: one address, a full lock, documented commands, nothing opaque in git."""
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import check_pages
+import lock
+import pytest
+import sync_address
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+THIS_FILE = Path(__file__).resolve().relative_to(ROOT).as_posix()
+
+# Files that may name the project's public address: the one that states it, and those sync_address.py writes.
+ADDRESS_STATED = "_config.yml"
+ADDRESS_WRITTEN = re.compile(r"README\.md|CITATION\.cff|book/.*\.ipynb")
+
+MACHINE_PATHS = re.compile(r"(?<![\w./:*-])/(?:home|root|Users|work|tmp|opt|mnt|srv)/[\w.-]|file://|[A-Z]:\\\\")
+INDEX_HOSTS = re.compile(r"pypi\.org|pythonhosted|index-url|find-links|download\.pytorch", re.IGNORECASE)
+
+
+def tracked_files() -> list[str]:
+    """What git tracks or would track; every file when there is no git, as in an unpacked archive."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def texts() -> list[tuple[str, str]]:
+    return [(name, (ROOT / name).read_text()) for name in tracked_files() if name != THIS_FILE]
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return dict(line.lower().replace("_", "-").split("==") for line in lines if not line.startswith("#"))
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_everything_that_needs_the_address_agrees_with_config() -> None:
+    assert {path.name for path in sync_address.differing(ROOT)} == set()
+
+
+def test_the_address_stands_once() -> None:
+    slug = sync_address.read_address(ROOT).slug
+    naming = {name for name, text in texts() if slug in text}
+    assert naming - {ADDRESS_STATED} == {name for name in naming if ADDRESS_WRITTEN.fullmatch(name)}
+    assert (ROOT / ADDRESS_STATED).read_text().count(slug) == 1
+
+
+def test_a_new_address_reaches_every_place(tmp_path: Path) -> None:
+    """Change `_config.yml` in a copy; the script must then find every file that names the old address."""
+    old = sync_address.read_address(ROOT)
+    copied = {name for name, text in texts() if old.slug in text}
+    for name in [*copied, "pyproject.toml"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    config = (tmp_path / ADDRESS_STATED).read_text().replace(old.slug, "someone/elsewhere")
+    (tmp_path / ADDRESS_STATED).write_text(config)
+    for path, text in sync_address.differing(tmp_path).items():
+        path.write_text(text)
+    left = {name for name in copied if old.slug in (tmp_path / name).read_text()}
+    assert left == set()
+    assert sync_address.differing(tmp_path) == {}
+
+
+def test_no_file_names_a_machine_or_a_package_index() -> None:
+    found = [
+        f"{name}: {match.group()}"
+        for name, text in texts()
+        for match in [*MACHINE_PATHS.finditer(text), *INDEX_HOSTS.finditer(text)]
+        if not name.startswith(".github/")  # where a package index may be a setting of the repository
+    ]
+    assert found == []
+
+
+def test_the_lock_satisfies_the_package_and_names_exact_public_versions() -> None:
+    locked = pins()
+    extras = project()["optional-dependencies"]
+    wanted = [Requirement(line) for line in [*project()["dependencies"], *extras["book"], *extras["dev"]]]
+    for requirement in wanted:
+        version = locked[requirement.name.lower().replace("_", "-")]
+        assert requirement.specifier.contains(version), f"{requirement} is locked to {version}"
+    assert locked["jupyter-book"] == "1.0.4.post1"
+    assert all(re.fullmatch(r"[0-9][0-9a-z.]*", version) for version in locked.values()), "no local versions"
+
+
+def test_the_package_itself_pins_nothing() -> None:
+    """Exact pins in a package are what breaks old course material on a host with versions of its own."""
+    for line in project()["dependencies"]:
+        operators = {specifier.operator for specifier in Requirement(line).specifier}
+        assert operators == {">="}, line
+
+
+def test_lock_leaves_out_what_only_this_platform_has() -> None:
+    frozen = (
+        "# note\n-e git+file\nisopo_mini @ file\ntorch==2.13.0+cpu\nnvidia-nccl-cu12==2.1\nAttrs==1.0\ntriton==3.0\n"
+    )
+    assert lock.locked(frozen) == lock.HEADER + "Attrs==1.0\ntorch==2.13.0\n"
+
+
+def test_the_version_is_said_once_more_and_equally() -> None:
+    source = (ROOT / "isopo_mini" / "__init__.py").read_text()
+    assert re.search(r'__version__ = "(.*)"', source).group(1) == project()["version"]
+
+
+def test_every_command_of_the_makefile_is_explained_and_phony() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"(?m)^([a-z]+):", makefile))
+    assert targets == set(re.findall(r"(?m)^([a-z]+):.*## \w", makefile))
+    assert targets == set(re.search(r"\.PHONY: (.*)", makefile).group(1).split())
+    promised = {"book", "test", "lab", "serve", "draft", "lint", "format", "lock", "clean", "help"}
+    assert targets == promised
+    readme = (ROOT / "README.md").read_text()
+    assert {target for target in targets if f"make {target}" not in readme} <= {"clean", "help", "format"}
+
+
+def test_the_build_is_strict() -> None:
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    assert config["execute"]["execute_notebooks"] == "force"
+    assert config["execute"]["raise_on_error"] is True
+    assert config["execute"]["allow_errors"] is False
+    assert "-W --keep-going --all" in (ROOT / "Makefile").read_text()
+
+
+def test_ci_runs_the_same_three_commands() -> None:
+    ci = ROOT / ".ci" / "run"
+    assert ci.stat().st_mode & 0o111, ".ci/run must be executable"
+    assert [f"make {name}" in ci.read_text() for name in ("lint", "test", "book")] == [True] * 3
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.name)
+def test_workflow_can_be_read(path: Path) -> None:
+    workflow = yaml.safe_load(path.read_text())
+    assert workflow["jobs"]
+    for job in workflow["jobs"].values():
+        assert job["timeout-minutes"] <= 60
+        assert all(("uses" in step) != ("run" in step) for step in job["steps"])
+
+
+def test_nothing_opaque_is_tracked_and_files_stay_short() -> None:
+    names = tracked_files()
+    assert [name for name in names if re.search(r"\.(npz|pt|pth|pkl|pickle)$", name)] == []
+    library = [name for name in names if name.startswith("isopo_mini/") and name.endswith(".py")]
+    assert [name for name in library if len((ROOT / name).read_text().splitlines()) > 300] == []
+
+
+def test_bibliography_has_no_entry_twice_and_the_references_explain_each() -> None:
+    bibliography = (ROOT / "book" / "references.bib").read_text()
+    keys = re.findall(r"(?m)^@\w+\{([^,\s]+),", bibliography)
+    assert len(keys) == len(set(keys)) > 0
+    explained = set(re.findall(r"\{cite:t\}`([^`]+)`", (ROOT / "book" / "appendix" / "references.md").read_text()))
+    assert explained == set(keys)
+
+
+@pytest.mark.parametrize(
+    ("html", "complaint"),
+    [
+        ('<script src="https://cdn.example/require.js"></script>', "loads https://cdn.example"),
+        ('<link rel="stylesheet" href="//fonts.example/a.css">', "loads //fonts.example"),
+        ('<img src="../_images/a.png" alt="../_images/a.png">', "no alt text"),
+        ('<img src="a.png">', "no alt text"),
+    ],
+)
+def test_page_checker_notices(html: str, complaint: str) -> None:
+    assert complaint in "".join(check_pages.complaints(html))
+
+
+def test_page_checker_lets_links_and_local_files_pass() -> None:
+    html = '<a href="https://arxiv.org">paper</a><script src="../_static/a.js"></script><img src="a.png" alt="A line.">'
+    assert check_pages.complaints(html) == []
