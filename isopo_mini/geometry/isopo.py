@@ -49,15 +49,14 @@ def solve_ntk(
 ) -> Float[Tensor, "S"]:
     """`ntk_coefficients` without the checks, which would make a GPU wait; λ = 0 stands for a layer without gradient.
 
-    Solved in double precision, as (K/λ + I) c = A: the smallest eigenvalue is then 1 whatever the scale of K,
-    and a layer whose gradients all vanish (K = 0, λ = 0) keeps c = A.
+    Solved as (K/λ + I) c = A: the smallest eigenvalue is then 1 whatever the scale of K, and a layer whose gradients
+    all vanish (K = 0, λ = 0) keeps c = A. The precision is that of K, whose own rounding matters as much.
     """
-    damping = damping.double()
-    scale = torch.where(damping > 0, 1.0 / damping, 0.0)
-    system = gram.double() * scale
+    damping = damping.to(gram.dtype)
+    system = gram * torch.where(damping > 0, 1.0 / damping, 0.0)
     system.diagonal().add_(1.0)
     factor, _ = torch.linalg.cholesky_ex(system)
-    return torch.cholesky_solve(advantages.double()[:, None], factor)[:, 0].to(advantages.dtype)
+    return torch.cholesky_solve(advantages.to(gram.dtype)[:, None], factor)[:, 0].to(advantages.dtype)
 
 
 def mean_eigenvalue(gram: Float[Tensor, "S S"]) -> Float[Tensor, ""]:

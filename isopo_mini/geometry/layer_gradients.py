@@ -1,197 +1,20 @@
 """The per-sequence gradients of one layer, and what ISOPO asks of them, without forming more than needed.
 
-A layer is a weight and its bias (or whatever parameters its module owns). Backpropagation hands over, for each use
-of a parameter, the two factors of its gradient. From these come the Gram matrix, the norms, the overlaps with single
-tokens, and at the end the only thing that leaves: the weighted sum Σ_s c_s G_s.
+A layer is a weight and its bias (or whatever parameters its module owns). From the factors of their gradients come the
+Gram matrix, the norms, the overlaps with single tokens, and at the end the only thing that leaves: Σ_s c_s G_s.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from isopo_mini.geometry import gram
+from isopo_mini.geometry import gram as grams
+from isopo_mini.geometry.parameter_gradients import MatrixGradients, VectorGradients, Workspace, sum_of
 
 PATHS = ("auto", "dense", "ghost", "sketched")
-
-
-class Workspace:
-    """Memory for the G_s, used again by every layer: fresh pages cost the CPU more than the arithmetic."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[torch.dtype, Tensor] = {}
-        self._used = 0
-
-    def start_layer(self) -> None:
-        """What earlier layers took is free again."""
-        self._used = 0
-
-    def take(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Uninitialised memory of the given shape, with the dtype and device of `like`."""
-        if like.device.type != "cpu":  # the allocator of a GPU keeps its memory already
-            return torch.empty(shape, dtype=like.dtype, device=like.device)
-        end = self._used + math.prod(shape)
-        buffer = self._buffers.get(like.dtype)
-        if buffer is None or buffer.numel() < end:
-            buffer = self._buffers[like.dtype] = torch.empty(end, dtype=like.dtype)
-        taken = buffer[self._used : end].view(shape)
-        self._used = end
-        return taken
-
-
-@dataclass
-class MatrixGradients:
-    """Gradients of a weight matrix: G_s = Σ_t left_st right_stᵀ, summed over the uses of the weight.
-
-    `gram` picks a path and remembers what `combine` can use again: the dense path has every G_s and only adds them
-    up; the other two never had them and make one ordinary weight-gradient product.
-    """
-
-    rows: int
-    columns: int
-    lefts: list[Tensor] = field(default_factory=list)  # each (S, T, o), or token indices (S, T)
-    rights: list[Tensor] = field(default_factory=list)  # each (S, T, i)
-    formed: Tensor | None = None  # the G_s, (S, o, i), once the dense path made them
-
-    def add_use(self, left: Tensor, right: Tensor) -> None:
-        """One more use of the weight in the forward pass."""
-        self.lefts.append(left)
-        self.rights.append(right)
-
-    @property
-    def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """The uses, those of a kind joined along time: a weight used twice is used on twice as many positions."""
-        joined = []
-        for indexed in (False, True):
-            chosen = [use for use in zip(self.lefts, self.rights, strict=True) if indexed != use[0].is_floating_point()]
-            if len(chosen) == 1:
-                joined.append(chosen[0])
-            elif chosen:
-                joined.append(
-                    (torch.cat([left for left, _ in chosen], 1), torch.cat([right for _, right in chosen], 1))
-                )
-        return joined
-
-    def form(self, workspace: Workspace) -> Tensor:
-        """All G_s, `(S, o, i)`."""
-        if self.formed is None:
-            for left, right in self.pairs:
-                memory = workspace.take((right.shape[0], self.rows, self.columns), right)
-                gradients = gram.per_sequence_gradients(left, right, self.rows, out=memory)
-                self.formed = gradients if self.formed is None else self.formed.add_(gradients)
-        assert self.formed is not None
-        return self.formed
-
-    def gram(self, path: str, sketch_size: int, workspace: Workspace, generator: torch.Generator) -> Tensor:
-        """K, `(S, S)`."""
-        pairs = self.pairs
-        if path == "sketched":
-            sketch = gram.draw_sketch(sketch_size, self.rows, self.columns, pairs[0][1], generator)
-            if sketch.left is None:  # few rows: a one-hot vector is short enough to be written out
-                pairs = [(_dense_left(left, self.rows, right), right) for left, right in pairs]
-            if sketch.left is not None or sketch.right is not None:
-                return gram.inner_products(sum_of([gram.sketched_gradients(*pair, sketch) for pair in pairs]))
-            path = "dense"  # both sides are short already: nothing to gain
-        if path == "auto":
-            positions = sum(right.shape[1] for _, right in pairs)
-            path = gram.cheaper(pairs[0][1].shape[0], positions, self.rows, self.columns)
-        if path == "dense":
-            return gram.inner_products(self.form(workspace))
-        return sum_of([gram.ghost_between(*pair, *other) for pair in pairs for other in pairs])
-
-    def squared_norms(self) -> Tensor:
-        """‖G_s‖², `(S,)`, without the rest of the Gram matrix."""
-        if self.formed is not None:
-            return self.formed.flatten(1).square().sum(dim=1)
-        one_by_one = [
-            sum_of(
-                [gram.ghost_between(*_only(pair, s), *_only(other, s)) for pair in self.pairs for other in self.pairs]
-            )
-            for s in range(self.rights[0].shape[0])
-        ]
-        return torch.cat(one_by_one).flatten()
-
-    def token_overlaps(self, sequences: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """⟨G_s, g_n⟩ `(S, N)` and ‖g_n‖² `(N,)` for the tokens n = (sequence, position)."""
-        tokens = [
-            (left[sequences, positions].unsqueeze(1), right[sequences, positions].unsqueeze(1))
-            for left, right in zip(self.lefts, self.rights, strict=True)
-        ]
-        overlaps = sum_of([gram.ghost_between(*pair, *token) for pair in self.pairs for token in tokens])
-        squares = [
-            (_dense_left(token[0], self.rows, token[1]) * _dense_left(other[0], self.rows, other[1])).sum(-1)
-            * (token[1] * other[1]).sum(-1)
-            for token in tokens
-            for other in tokens
-        ]
-        return overlaps, sum_of(squares)[:, 0]
-
-    def combine(self, coefficients: Float[Tensor, "S"]) -> Float[Tensor, "o i"]:
-        """Σ_s c_s G_s."""
-        if self.formed is not None:
-            flat = self.formed.flatten(1)
-            return (coefficients.to(flat.dtype) @ flat).view(self.rows, self.columns)
-        parts = []
-        for left, right in self.pairs:
-            weights = coefficients.to(right.dtype)[:, None, None]
-            if left.is_floating_point():
-                # The shorter of the two factors carries the coefficients.
-                left, right = (left * weights, right) if self.rows < self.columns else (left, right * weights)
-                parts.append(left.flatten(0, 1).T @ right.flatten(0, 1))
-            else:
-                rows = right.new_zeros(self.rows, self.columns)
-                parts.append(rows.index_add_(0, left.flatten(), (right * weights).flatten(0, 1)))
-        return sum_of(parts)
-
-
-@dataclass
-class VectorGradients:
-    """Gradients of a bias (factor None) or of an elementwise scale: G_s = Σ_t g_st ∘ factor_st. Always formed."""
-
-    output_gradients: list[Tensor] = field(default_factory=list)  # each (S, T, d)
-    factors: list[Tensor | None] = field(default_factory=list)  # each (S, T, d), or None for 1
-    formed: Tensor | None = None  # the G_s, (S, d), once they are made
-
-    def add_use(self, output_gradients: Tensor, factors: Tensor | None) -> None:
-        """One more use of the parameter in the forward pass."""
-        self.output_gradients.append(output_gradients)
-        self.factors.append(factors)
-
-    def form(self) -> Tensor:
-        """All G_s, `(S, d)`."""
-        if self.formed is None:
-            self.formed = sum_of(
-                [
-                    (gradients if factors is None else gradients * factors).sum(dim=1)
-                    for gradients, factors in zip(self.output_gradients, self.factors, strict=True)
-                ]
-            )
-        return self.formed
-
-    def gram(self) -> Tensor:
-        """K, `(S, S)`."""
-        return gram.inner_products(self.form())
-
-    def squared_norms(self) -> Tensor:
-        """‖G_s‖², `(S,)`."""
-        return self.form().square().sum(dim=1)
-
-    def token_overlaps(self, sequences: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """⟨G_s, g_n⟩ `(S, N)` and ‖g_n‖² `(N,)` for the tokens n = (sequence, position)."""
-        tokens = sum_of(
-            [
-                gradients[sequences, positions] * (1.0 if factors is None else factors[sequences, positions])
-                for gradients, factors in zip(self.output_gradients, self.factors, strict=True)
-            ]
-        )
-        return self.form() @ tokens.T, tokens.square().sum(dim=1)
-
-    def combine(self, coefficients: Float[Tensor, "S"]) -> Float[Tensor, "d"]:
-        """Σ_s c_s G_s."""
-        formed = self.form()
-        return coefficients.to(formed.dtype) @ formed
 
 
 @dataclass
@@ -214,14 +37,39 @@ class LayerGradients:
     def gram(self) -> Float[Tensor, "S S"]:
         """K_ss' = ⟨G_s, G_s'⟩, summed over the parameters of the layer."""
         self.workspace.start_layer()
+        if self.path == "sketched":
+            return self._sketched_gram()
         return sum_of(
             [
-                part.gram(self.path, self.sketch_size, self.workspace, self.generator)
-                if isinstance(part, MatrixGradients)
-                else part.gram()
+                part.gram(self.path, self.workspace) if isinstance(part, MatrixGradients) else part.gram()
                 for part in self.parameters.values()
             ]
         )
+
+    def _sketched_gram(self) -> Float[Tensor, "S S"]:
+        """K̂ of the layer. A bias is one more column of its weight, so it goes through the same projections."""
+        matrices = [part for part in self.parameters.values() if isinstance(part, MatrixGradients)]
+        vectors = [part for part in self.parameters.values() if isinstance(part, VectorGradients)]
+        parts = []
+        for matrix in matrices:
+            like = matrix.rights[0]
+            sketch = grams.draw_sketch(self.sketch_size, matrix.rows, matrix.columns, like, self.generator)
+            if sketch.left is None and sketch.right is None:  # short on both sides: nothing to gain
+                parts.append(matrix.gram("dense", self.workspace))
+                continue
+            sketched = matrix.sketched(sketch)  # (S, k, l)
+            for bias in [vector for vector in vectors if vector.form().shape[1] == matrix.rows]:
+                vectors.remove(bias)
+                column = bias.form() if sketch.left is None else bias.form() @ sketch.left.to(like.dtype).T  # (S, k)
+                if sketch.right is None:
+                    sketched = torch.cat([sketched, column[:, :, None]], dim=2)
+                else:
+                    entries = torch.randn(
+                        sketched.shape[2], dtype=like.dtype, device=like.device, generator=self.generator
+                    )
+                    sketched = sketched + column[:, :, None] * (entries / math.sqrt(self.sketch_size))
+            parts.append(grams.inner_products(sketched))
+        return sum_of(parts + [vector.gram() for vector in vectors])
 
     def norms(self) -> Float[Tensor, "S"]:
         """‖G_s‖, the Euclidean norm."""
@@ -259,23 +107,3 @@ class LayerGradients:
             chosen = torch.randperm(len(allowed), generator=self.generator, device=self.generator.device)[:count]
             allowed = allowed[chosen]
         return allowed[:, 0], allowed[:, 1]
-
-
-def sum_of(parts: list[Tensor]) -> Tensor:
-    """The sum of a list that has at least one entry, without adding to the number 0 first."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
-
-
-def _only(pair: tuple[Tensor, Tensor], sequence: int) -> tuple[Tensor, Tensor]:
-    """The part of a (left, right) pair that belongs to one sequence."""
-    return pair[0][sequence : sequence + 1], pair[1][sequence : sequence + 1]
-
-
-def _dense_left(left: Tensor, rows: int, like: Tensor) -> Tensor:
-    """Left vectors as vectors: a one-hot vector is written out."""
-    if left.is_floating_point():
-        return left
-    return torch.nn.functional.one_hot(left, rows).to(like.dtype)

@@ -32,8 +32,9 @@ from isopo_mini.geometry.layer_functions import (
     scale_and_shift,
     table_lookup,
 )
-from isopo_mini.geometry.layer_gradients import PATHS, LayerGradients, Workspace
+from isopo_mini.geometry.layer_gradients import PATHS, LayerGradients
 from isopo_mini.geometry.microbatch import Microbatch, layer_names
+from isopo_mini.geometry.parameter_gradients import Workspace
 from isopo_mini.geometry.transforms import NTK, FisherNormalized, MovingAverages, Transform
 
 __all__ = [

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from isopo_mini.geometry.layer_functions import Slot, StandIn, UnhandledParameterError
-from isopo_mini.geometry.layer_gradients import LayerGradients, MatrixGradients, VectorGradients
+from isopo_mini.geometry.layer_gradients import LayerGradients
+from isopo_mini.geometry.parameter_gradients import MatrixGradients, VectorGradients
 
 if TYPE_CHECKING:
     from isopo_mini.geometry.layerwise import Isopo

@@ -2,7 +2,8 @@
 
 from isopo_mini.policies.categorical import CategoricalPolicy
 from isopo_mini.policies.mlp import MLP
+from isopo_mini.policies.sampling import Sampled
 from isopo_mini.policies.softmax import LinearSoftmax, TabularSoftmax
 from isopo_mini.policies.transformer import CausalTransformer
 
-__all__ = ["MLP", "CategoricalPolicy", "CausalTransformer", "LinearSoftmax", "TabularSoftmax"]
+__all__ = ["MLP", "CategoricalPolicy", "CausalTransformer", "LinearSoftmax", "Sampled", "TabularSoftmax"]
