@@ -123,15 +123,16 @@ def ghost_between(
     sequences, positions = right.shape[:2]
     others, other_positions = other_right.shape[:2]
     precise = torch.promote_types(right.dtype, torch.float32)
-    gram = torch.empty(sequences, others, dtype=precise, device=right.device)
     flat_left, flat_right = other_left.flatten(0, 1), other_right.flatten(0, 1).to(precise)
-    block = max(1, GHOST_BLOCK // (positions * others * other_positions))
-    for start in range(0, sequences, block):
-        rows = slice(start, start + block)
+    blocks = []
+    size = max(1, GHOST_BLOCK // (positions * others * other_positions))
+    for rows in (slice(start, start + size) for start in range(0, sequences, size)):
         products = _inner_of_left(left[rows].flatten(0, 1), flat_left, precise)
         products *= right[rows].flatten(0, 1).to(precise) @ flat_right.T
-        gram[rows] = products.view(-1, positions, others, other_positions).sum(dim=(1, 3))
-    return gram
+        if positions * other_positions > 1:
+            products = products.view(-1, positions, others, other_positions).sum(dim=(1, 3))
+        blocks.append(products)
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 def sketched_gradients(

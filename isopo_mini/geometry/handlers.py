@@ -14,12 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isopo_mini.geometry.layer_functions import StandIn, matrix_product, register, scale_and_shift, table_lookup
+from isopo_mini.geometry.layer_functions import (
+    StandIn,
+    matrix_product,
+    register,
+    scale_and_shift,
+    shape_of,
+    table_lookup,
+)
 
 
 @register(F.linear)
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if isinstance(input, StandIn) or weight.ndim != 2:
+    if isinstance(input, StandIn) or len(shape_of(weight)) != 2:
         return NotImplemented
     return matrix_product(input, weight, bias)
 
@@ -37,7 +44,7 @@ def _embedding(
     if max_norm is not None or scale_grad_by_freq or sparse:  # each changes the gradient or the weight itself
         return NotImplemented
     if padding_idx is not None and padding_idx < 0:
-        padding_idx += weight.shape[0]
+        padding_idx += shape_of(weight)[0]
     return table_lookup(input, weight, padding_idx)
 
 
@@ -72,6 +79,7 @@ def _add(input: Tensor, other: Tensor, *, alpha: float = 1) -> Tensor:
 
 def _broadcasts_over_sequences(inputs: Any, parameter: Tensor) -> bool:
     """Is this an activation `(S, …, *shape)` with a gain or bias of that shape, written out by hand?"""
-    if not isinstance(inputs, Tensor) or isinstance(inputs, StandIn) or parameter.ndim == 0:
+    if not isinstance(inputs, Tensor) or isinstance(inputs, StandIn):
         return False
-    return inputs.ndim > parameter.ndim and inputs.shape[-parameter.ndim :] == parameter.shape
+    shape = shape_of(parameter)
+    return 0 < len(shape) < inputs.ndim and inputs.shape[-len(shape) :] == shape

@@ -5,8 +5,7 @@ elementwise scale and shift. `handlers.py` writes PyTorch's functions in terms o
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn as nn
@@ -26,27 +25,28 @@ class UnhandledParameterError(ValueError):
         )
 
 
+@runtime_checkable
 class Layer(Protocol):
     """What a use reports to; see `layerwise._Layer`."""
 
-    num_sequences: int
-
+    def expected_sequences(self, tensor: Tensor) -> int: ...
     def gate(self) -> Tensor: ...
     def add_matrix_use(self, slot: "Slot", left: Tensor, right: Tensor) -> None: ...
     def add_vector_use(self, slot: "Slot", output_gradients: Tensor, factors: Tensor | None) -> None: ...
 
 
-@dataclass(frozen=True, eq=False)
 class Slot:
     """A trainable parameter, its full name and its layer."""
 
-    name: str
-    parameter: nn.Parameter
-    layer: Any  # a `Layer`
+    def __init__(self, name: str, parameter: nn.Parameter, layer: Layer) -> None:
+        self.name = name
+        self.parameter = parameter
+        self.layer = layer
+        self.values = parameter.detach()  # without a path to the parameter: that path is the gate
 
     def check_input(self, tensor: Tensor, axes: int) -> None:
         """The first axis must be the sequences, and at least `axes` axes must be there."""
-        sequences = self.layer.num_sequences
+        sequences = self.layer.expected_sequences(tensor)
         if tensor.ndim < axes or tensor.shape[0] != sequences:
             raise ValueError(
                 f"parameter '{self.name}': expected an input whose first axis is the S={sequences} sequences, got "
@@ -62,7 +62,7 @@ class StandIn(Tensor):
     @classmethod
     def for_slot(cls, slot: Slot) -> "StandIn":
         """A stand-in that shares the memory of the parameter."""
-        stand_in = slot.parameter.detach().as_subclass(cls)
+        stand_in = slot.values.as_subclass(cls)
         stand_in.slot = slot
         return stand_in
 
@@ -205,6 +205,11 @@ class _ScaleAndShift(torch.autograd.Function):
         return None, input_gradients, None, None, *_no_gradients(ctx.slots)
 
 
+def shape_of(tensor: Tensor) -> torch.Size:
+    """The shape of a tensor or stand-in. Asking a stand-in itself takes the long way round."""
+    return tensor.slot.parameter.shape if isinstance(tensor, StandIn) else tensor.shape
+
+
 # --- Helpers -------------------------------------------------------------------------------------------------------
 
 
@@ -214,8 +219,8 @@ def _slots(*tensors: Tensor | None) -> tuple[Slot | None, ...]:
 
 
 def _plain(tensor: Any) -> Any:
-    """The values of a stand-in, without a path to the parameter: that path is the gate."""
-    return tensor.slot.parameter.detach() if isinstance(tensor, StandIn) else tensor
+    """The values of a stand-in; anything else as it is."""
+    return tensor.slot.values if isinstance(tensor, StandIn) else tensor
 
 
 def _parameter_of(leaf: Any) -> Any:

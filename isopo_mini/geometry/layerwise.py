@@ -33,7 +33,7 @@ from isopo_mini.geometry.layer_functions import (
     table_lookup,
 )
 from isopo_mini.geometry.layer_gradients import PATHS, LayerGradients
-from isopo_mini.geometry.microbatch import Microbatch, layer_names
+from isopo_mini.geometry.microbatch import Microbatch, Uses, layer_names
 from isopo_mini.geometry.parameter_gradients import Workspace
 from isopo_mini.geometry.transforms import NTK, FisherNormalized, MovingAverages, Transform
 
@@ -96,13 +96,13 @@ class Isopo:
         self._averages: dict[str, MovingAverages] = {}
         self._generators: dict[torch.device, torch.Generator] = {}
         self._workspace = Workspace()
-        if not layer_names(model):
+        if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("model: expected at least one trainable parameter, got none")
 
     @contextmanager
     def microbatch(
         self, advantages: Float[Tensor, "S"], mask: Bool[Tensor, "S T"] | None = None
-    ) -> Iterator["Microbatch"]:
+    ) -> Iterator[Microbatch]:
         """Open a microbatch: run the forward and the backward pass inside the `with` block.
 
         Differentiate the *unweighted* sum of log-probabilities (or minus it, for an optimizer that minimises).
@@ -123,16 +123,22 @@ class Isopo:
         checks.require_finite("advantages", advantages)
         if mask is not None:
             checks.require_shape("mask", mask, "S T", sizes)
-        microbatch = Microbatch(self, advantages.detach(), mask)
-        microbatch.install()
+        advantages = advantages.detach()
+
+        def close_layer(name: str, uses: Uses) -> dict[str, Tensor]:
+            gradients = self._layer_gradients(uses, mask)
+            coefficients = self.transform.coefficients(gradients, advantages, self.averages(name))
+            microbatch.coefficients[name] = coefficients
+            return gradients.combine(coefficients)
+
+        microbatch = Microbatch(self.model, self.layers, len(advantages), close_layer)
         try:
-            yield microbatch
+            with microbatch.opened():
+                yield microbatch
         except BaseException:
             for averages in self._averages.values():
                 averages.forget_pending()
             raise
-        finally:
-            microbatch.remove()
 
     def end_step(self) -> None:
         """Fold this optimizer step's values into the moving averages. Call it after `optimizer.step()`."""
@@ -158,11 +164,12 @@ class Isopo:
         """The moving averages of one layer."""
         return self._averages.setdefault(layer, MovingAverages(self._decay))
 
-    def generator(self, device: torch.device) -> torch.Generator:
-        """The source of randomness on a device."""
+    def _layer_gradients(self, uses: Uses, mask: Tensor | None = None) -> LayerGradients:
+        """The gradients of a layer, with what the engine adds: options, memory and randomness."""
+        device = next(iter(uses.values())).device
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self._seed)
-        return self._generators[device]
+        return LayerGradients(uses, self.gram, self.sketch_size, self._workspace, self._generators[device], mask)
 
 
 def gram_matrices(
@@ -181,25 +188,14 @@ def gram_matrices(
     Returns:
         The Gram matrix of each layer that the log-probabilities depend on, by the layer's name.
     """
-    with torch.no_grad():
-        num_sequences = log_probs().shape[0]
-    recorder = _Recorder()
-    engine = Isopo(model, recorder, gram=gram, sketch_size=sketch_size)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with engine.microbatch(
-        torch.zeros(num_sequences, dtype=parameters[0].dtype, device=parameters[0].device)
-    ) as opened:
+    engine = Isopo(model, NTK(), gram=gram, sketch_size=sketch_size)
+    grams: dict[str, Tensor] = {}
+
+    def close_layer(name: str, uses: Uses) -> dict[str, Tensor]:
+        grams[name] = engine._layer_gradients(uses).gram()
+        return {}
+
+    with Microbatch(model, "separate", None, close_layer).opened():
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         torch.autograd.grad(log_probs().sum(), parameters, allow_unused=True)
-    return dict(zip(opened.coefficients, recorder.grams, strict=True))
-
-
-class _Recorder:
-    """A transform that keeps the Gram matrices and leaves the advantages as they are."""
-
-    def __init__(self) -> None:
-        self.grams: list[Tensor] = []
-
-    def coefficients(self, layer: LayerGradients, advantages: Tensor, averages: MovingAverages) -> Tensor:
-        """The advantages."""
-        self.grams.append(layer.gram())
-        return advantages
+    return grams

@@ -1,7 +1,8 @@
 """What happens while a microbatch is open: stand-ins before the parameters, and a gate for every layer."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -9,11 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from isopo_mini.geometry.layer_functions import Slot, StandIn, UnhandledParameterError
-from isopo_mini.geometry.layer_gradients import LayerGradients
 from isopo_mini.geometry.parameter_gradients import MatrixGradients, VectorGradients
 
-if TYPE_CHECKING:
-    from isopo_mini.geometry.layerwise import Isopo
+Uses = dict[str, MatrixGradients | VectorGradients]
 
 
 def layer_names(model: nn.Module, layers: str = "separate") -> dict[nn.Parameter, str]:
@@ -28,9 +27,8 @@ def layer_names(model: nn.Module, layers: str = "separate") -> dict[nn.Parameter
         layer = known[0] if known else module_name or "(root)"
         for parameter in owned:
             names[parameter] = layer
-        for parameter, name in names.items():  # a module that owns parts of two layers joins them
-            if name in known:
-                names[parameter] = layer
+        for other in set(known) - {layer}:  # a module that owns parts of two layers joins them
+            names.update({parameter: layer for parameter, name in names.items() if name == other})
     return dict.fromkeys(names, "(all)") if layers == "together" else names
 
 
@@ -41,13 +39,14 @@ class _Layer:
         self.name = name
         self.microbatch = microbatch
         self.slots: list[Slot] = []
-        self.uses: dict[str, MatrixGradients | VectorGradients] = {}
+        self.uses: Uses = {}
         self._gate: Tensor | None = None
 
-    @property
-    def num_sequences(self) -> int:
-        """S, which the first axis of every input must have."""
-        return self.microbatch.advantages.shape[0]
+    def expected_sequences(self, tensor: Tensor) -> int:
+        """S, which the first axis of every input must have. Where nobody said, the first input decides."""
+        if self.microbatch.num_sequences is None:
+            self.microbatch.num_sequences = tensor.shape[0]
+        return self.microbatch.num_sequences
 
     def gate(self) -> Tensor:
         """The node that every use hangs on. Made at the first use, so that backward reaches it right after the last."""
@@ -74,22 +73,8 @@ class _Layer:
         """Σ_s c_s G_s for every parameter of the layer; None for one that the loss does not depend on."""
         if not self.uses:
             return [None] * len(self.slots)
-        engine = self.microbatch.engine
-        device = self.slots[0].parameter.device
-        gradients = LayerGradients(
-            self.uses,
-            engine.gram,
-            engine.sketch_size,
-            engine._workspace,
-            engine.generator(device),
-            self.microbatch.mask,
-        )
-        with torch.autocast(device.type, enabled=False):
-            coefficients = engine.transform.coefficients(
-                gradients, self.microbatch.advantages, engine.averages(self.name)
-            )
-            combined = gradients.combine(coefficients)
-        self.microbatch.coefficients[self.name] = coefficients
+        with torch.autocast(self.slots[0].parameter.device.type, enabled=False):
+            combined = self.microbatch.close_layer(self.name, self.uses)
         self.uses = {}  # a second backward through the same graph starts afresh
         result: list[Tensor | None] = []
         for slot in self.slots:
@@ -118,44 +103,62 @@ class _Gate(torch.autograd.Function):
 
 
 class Microbatch:
-    """What is open between entering and leaving `Isopo.microbatch`."""
+    """What is open between entering and leaving `Isopo.microbatch`.
 
-    def __init__(self, engine: "Isopo", advantages: Tensor, mask: Tensor | None) -> None:
-        self.engine = engine
-        self.advantages = advantages
-        self.mask = mask
+    Args:
+        model: whose parameters are stood in for.
+        layers: see `layer_names`.
+        num_sequences: S; None when the first input decides.
+        close_layer: takes a layer's name and the uses of its parameters, returns their gradients by name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: str,
+        num_sequences: int | None,
+        close_layer: Callable[[str, Uses], dict[str, Tensor]],
+    ) -> None:
+        self.model = model
+        self.layers = layers
+        self.num_sequences = num_sequences
+        self.close_layer = close_layer
         self.coefficients: dict[str, Tensor] = {}
         self.returned: dict[str, Tensor] = {}  # gradients on their way from a gate to `.grad`
         self._shadowed: list[tuple[nn.Module, str]] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Stand-ins are in place inside the `with` block, and gone after it whatever happens."""
+        try:
+            self.install()
+            yield
+        finally:
+            self.remove()
+
     def install(self) -> None:
         """Put a stand-in before every trainable parameter, wherever a module keeps it."""
-        layer_of = layer_names(self.engine.model, self.engine.layers)
-        layers = {name: _Layer(name, self) for name in dict.fromkeys(layer_of.values())}
+        layer_of = layer_names(self.model, self.layers)
+        layers = {name: _Layer(name, self) for name in layer_of.values()}
         stand_ins: dict[nn.Parameter, StandIn] = {}
-        try:
-            for module_name, module in self.engine.model.named_modules():
-                for key, parameter in module._parameters.items():
-                    if parameter is None or not parameter.requires_grad:
-                        continue
-                    if key in module.__dict__:
-                        raise RuntimeError(
-                            "microbatch: expected no other open microbatch of this model, got a second one"
-                        )
-                    if parameter not in stand_ins:
-                        name = f"{module_name}.{key}" if module_name else key
-                        slot = Slot(name, parameter, layers[layer_of[parameter]])
-                        slot.layer.slots.append(slot)
-                        stand_ins[parameter] = StandIn.for_slot(slot)
-                        self._hooks.append(parameter.register_hook(self._refuse_other_gradients(name)))
-                    # An entry of __dict__ hides the parameter from attribute access and from nothing else:
-                    # parameters(), state_dict() and the optimizer still see the real one.
-                    module.__dict__[key] = stand_ins[parameter]
-                    self._shadowed.append((module, key))
-        except BaseException:
-            self.remove()
-            raise
+        for module_name, module in self.model.named_modules():
+            for key, parameter in module._parameters.items():
+                if parameter is None or not parameter.requires_grad:
+                    continue
+                if key in module.__dict__:
+                    raise RuntimeError("microbatch: expected no other open microbatch of this model, got a second one")
+                if parameter not in stand_ins:
+                    name = f"{module_name}.{key}" if module_name else key
+                    layer = layers[layer_of[parameter]]
+                    slot = Slot(name, parameter, layer)
+                    layer.slots.append(slot)
+                    stand_ins[parameter] = StandIn.for_slot(slot)
+                    self._hooks.append(parameter.register_hook(self._refuse_other_gradients(name)))
+                # An entry of __dict__ hides the parameter from attribute access and from nothing else:
+                # parameters(), state_dict() and the optimizer still see the real one.
+                module.__dict__[key] = stand_ins[parameter]
+                self._shadowed.append((module, key))
 
     def remove(self) -> None:
         """Give the modules their parameters back."""
@@ -165,10 +168,12 @@ class Microbatch:
             hook.remove()
         self._shadowed, self._hooks, self.returned = [], [], {}
 
-    def _refuse_other_gradients(self, name: str) -> Callable[[Tensor], None]:
+    def _refuse_other_gradients(self, name: str) -> Callable[[Tensor | None], None]:
         """A hook on the whole gradient of a parameter, on its way to `.grad`: it must be ours and nothing else."""
 
-        def hook(gradient: Tensor) -> None:
+        def hook(gradient: Tensor | None) -> None:
+            if gradient is None:  # the layer was closed without a gradient
+                return
             ours = self.returned.pop(name, None)  # popped, so that autograd may keep the tensor without a copy
             if ours is None or ours.data_ptr() != gradient.data_ptr():
                 raise UnhandledParameterError(name, "a path that does not go through its module")

@@ -54,6 +54,11 @@ class MatrixGradients:
         self.rights.append(right)
 
     @property
+    def device(self) -> torch.device:
+        """Where the gradients are."""
+        return self.rights[0].device
+
+    @property
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """The uses, those of a kind joined along time: a weight used twice is used on twice as many positions."""
         joined = []
@@ -151,6 +156,11 @@ class VectorGradients:
         """One more use of the parameter in the forward pass."""
         self.output_gradients.append(output_gradients)
         self.factors.append(factors)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the gradients are."""
+        return self.output_gradients[0].device
 
     def form(self) -> Tensor:
         """All G_s, `(S, d)`."""
