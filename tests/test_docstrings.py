@@ -1,0 +1,60 @@
+"""Docstrings: their examples run, their modules are on the API page, and the page reads them as they were meant."""
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+from plain_docstrings import to_restructured
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "isopo_mini").rglob("*.py")
+    if path.name != "__init__.py"
+)
+
+# What other modules are made of: of use to whoever changes them, not to whoever calls them.
+INTERNAL = {
+    "isopo_mini.checks",
+    "isopo_mini.geometry.functional",
+    "isopo_mini.geometry.handlers",
+    "isopo_mini.geometry.layer_functions",
+    "isopo_mini.geometry.layer_gradients",
+    "isopo_mini.geometry.microbatch",
+    "isopo_mini.geometry.parameter_gradients",
+    "isopo_mini.policies.sampling",
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_run(name: str) -> None:
+    module = importlib.import_module(name)
+    outcome = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    assert outcome.failed == 0
+
+
+def test_every_public_module_is_on_the_api_page() -> None:
+    page = (ROOT / "book" / "appendix" / "api.md").read_text()
+    listed = set(re.findall(r"automodule:: (\S+)", page))
+    assert listed == set(MODULES) - INTERNAL
+    assert set(MODULES) >= INTERNAL
+
+
+@pytest.mark.parametrize(
+    ("plain", "restructured"),
+    [
+        (["The `mask` of π(a|o)."], ["The ``mask`` of π(a\\|o)."]),
+        (["Already ``code``, and `a|b`."], ["Already ``code``, and ``a|b``."]),
+        (["*Stays* what it is, and so does log_probs."], ["*Stays* what it is, and so does log_probs."]),
+        (["K_ss' is the policy's"], ["K_ss\\' is the policy's"]),
+        (["A name_ alone."], ["A name\\_ alone."]),
+        (["Use:", "", "    a = `b`|c", "", "After `d`."], ["Use:", "", "::", "", "    a = `b`|c", "", "After ``d``."]),
+        (["Args:", "    a: the `b`."], ["Args:", "    a: the ``b``."]),
+        (["Example:", "    >>> f('|')", "    '|'"], ["Example:", "    >>> f('|')", "    '|'"]),
+        (["Args:", "    a: one.", "", "Then `b`."], ["Args:", "    a: one.", "", "Then ``b``."]),
+    ],
+)
+def test_plain_docstring_becomes_restructured_text(plain: list[str], restructured: list[str]) -> None:
+    assert to_restructured(plain) == restructured
