@@ -5,6 +5,7 @@ Gram matrix, the norms, the overlaps with single tokens, and at the end the only
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +32,13 @@ class LayerGradients:
     path: str
     sketch_size: int
     workspace: Workspace
-    generator: torch.Generator
+    make_generator: Callable[[], torch.Generator]
     token_mask: Tensor | None = None  # (S, T): which positions may be sampled as tokens; None for all
+
+    @property
+    def generator(self) -> torch.Generator:
+        """The source of randomness of sketches and sampled tokens."""
+        return self.make_generator()
 
     def gram(self) -> Float[Tensor, "S S"]:
         """K_ss' = ⟨G_s, G_s'⟩, summed over the parameters of the layer."""

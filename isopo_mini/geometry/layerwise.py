@@ -166,10 +166,14 @@ class Isopo:
 
     def _layer_gradients(self, uses: Uses, mask: Tensor | None = None) -> LayerGradients:
         """The gradients of a layer, with what the engine adds: options, memory and randomness."""
-        device = next(iter(uses.values())).device
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
-        return LayerGradients(uses, self.gram, self.sketch_size, self._workspace, self._generators[device], mask)
+
+        def generator() -> torch.Generator:
+            device = next(iter(uses.values())).device
+            if device not in self._generators:
+                self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+            return self._generators[device]
+
+        return LayerGradients(uses, self.gram, self.sketch_size, self._workspace, generator, mask)
 
 
 def gram_matrices(

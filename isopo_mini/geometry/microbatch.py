@@ -1,7 +1,8 @@
 """What happens while a microbatch is open: stand-ins before the parameters, and a gate for every layer."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,21 +16,47 @@ from isopo_mini.geometry.parameter_gradients import MatrixGradients, VectorGradi
 Uses = dict[str, MatrixGradients | VectorGradients]
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a trainable parameter is kept: `module.key`. A shared parameter has several places."""
+
+    module: nn.Module
+    module_name: str
+    key: str
+    parameter: nn.Parameter
+
+
+def _places(model: nn.Module) -> list[_Place]:
+    """All places of all trainable parameters, in the order of `model.named_modules()`."""
+    return [
+        _Place(module, module_name, key, parameter)
+        for module_name, module in model.named_modules()
+        for key, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    ]
+
+
 def layer_names(model: nn.Module, layers: str = "separate") -> dict[nn.Parameter, str]:
     """The layer of every trainable parameter: the module that owns it, with the parameters of that module.
 
     Modules that share a parameter (a tied embedding) are one layer, named after the first of them.
     """
+    return _layers_of(_places(model), layers)
+
+
+def _layers_of(places: list[_Place], layers: str) -> dict[nn.Parameter, str]:
+    """See `layer_names`."""
+    if layers == "together":
+        return {place.parameter: "(all)" for place in places}
     names: dict[nn.Parameter, str] = {}
-    for module_name, module in model.named_modules():
-        owned = [p for p in module._parameters.values() if p is not None and p.requires_grad]
-        known = [names[p] for p in owned if p in names]
-        layer = known[0] if known else module_name or "(root)"
-        for parameter in owned:
-            names[parameter] = layer
-        for other in set(known) - {layer}:  # a module that owns parts of two layers joins them
-            names.update({parameter: layer for parameter, name in names.items() if name == other})
-    return dict.fromkeys(names, "(all)") if layers == "together" else names
+    of_module: dict[nn.Module, str] = {}
+    for place in places:
+        own = of_module.setdefault(place.module, place.module_name or "(root)")
+        known = names.setdefault(place.parameter, own)
+        if known != own:  # the parameter ties this module to an earlier layer
+            for table in (names, of_module):
+                table.update({key: known for key, name in table.items() if name == own})  # type: ignore[misc]
+    return names
 
 
 class _Layer:
@@ -73,7 +100,9 @@ class _Layer:
         """Σ_s c_s G_s for every parameter of the layer; None for one that the loss does not depend on."""
         if not self.uses:
             return [None] * len(self.slots)
-        with torch.autocast(self.slots[0].parameter.device.type, enabled=False):
+        device_type = self.slots[0].parameter.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
             combined = self.microbatch.close_layer(self.name, self.uses)
         self.uses = {}  # a second backward through the same graph starts afresh
         result: list[Tensor | None] = []
@@ -139,26 +168,25 @@ class Microbatch:
 
     def install(self) -> None:
         """Put a stand-in before every trainable parameter, wherever a module keeps it."""
-        layer_of = layer_names(self.model, self.layers)
+        places = _places(self.model)
+        layer_of = _layers_of(places, self.layers)
         layers = {name: _Layer(name, self) for name in layer_of.values()}
         stand_ins: dict[nn.Parameter, StandIn] = {}
-        for module_name, module in self.model.named_modules():
-            for key, parameter in module._parameters.items():
-                if parameter is None or not parameter.requires_grad:
-                    continue
-                if key in module.__dict__:
-                    raise RuntimeError("microbatch: expected no other open microbatch of this model, got a second one")
-                if parameter not in stand_ins:
-                    name = f"{module_name}.{key}" if module_name else key
-                    layer = layers[layer_of[parameter]]
-                    slot = Slot(name, parameter, layer)
-                    layer.slots.append(slot)
-                    stand_ins[parameter] = StandIn.for_slot(slot)
-                    self._hooks.append(parameter.register_hook(self._refuse_other_gradients(name)))
-                # An entry of __dict__ hides the parameter from attribute access and from nothing else:
-                # parameters(), state_dict() and the optimizer still see the real one.
-                module.__dict__[key] = stand_ins[parameter]
-                self._shadowed.append((module, key))
+        for place in places:
+            module, key, parameter = place.module, place.key, place.parameter
+            if key in module.__dict__:
+                raise RuntimeError("microbatch: expected no other open microbatch of this model, got a second one")
+            if parameter not in stand_ins:
+                name = f"{place.module_name}.{key}" if place.module_name else key
+                layer = layers[layer_of[parameter]]
+                slot = Slot(name, parameter, layer)
+                layer.slots.append(slot)
+                stand_ins[parameter] = StandIn.for_slot(slot)
+                self._hooks.append(parameter.register_hook(self._refuse_other_gradients(name)))
+            # An entry of __dict__ hides the parameter from attribute access and from nothing else:
+            # parameters(), state_dict() and the optimizer still see the real one.
+            module.__dict__[key] = stand_ins[parameter]
+            self._shadowed.append((module, key))
 
     def remove(self) -> None:
         """Give the modules their parameters back."""
