@@ -21,6 +21,8 @@ def build(chapter: Path) -> Path:
     folder = ROOT / "_build" / "draft" / page.name
     folder.mkdir(parents=True, exist_ok=True)
     config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    local = config["sphinx"]["local_extensions"]  # their folders are relative to the configuration, which moves
+    config["sphinx"]["local_extensions"] = {name: str(ROOT / where) for name, where in local.items()}
     config["sphinx"]["config"]["suppress_warnings"] = ["myst.xref_missing"]
     toc = {"format": "jb-book", "root": page.as_posix(), "chapters": [{"file": BIBLIOGRAPHY}]}
     if page.as_posix() == BIBLIOGRAPHY:
