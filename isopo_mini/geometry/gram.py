@@ -38,26 +38,32 @@ class Sketch:
     right: Float[Tensor, "k i"] | None
 
 
-def draw_sketch(
-    size: int, rows: int, columns: int, like: Float[Tensor, "..."], generator: torch.Generator | None = None
-) -> Sketch:
-    """Draw the two projections for a weight of shape `(rows, columns)`, with the dtype and device of `like`.
-
-    Args:
-        size: k, the length that each side of G_s is projected to.
+def draw_projection(
+    size: int, length: int, like: Float[Tensor, "..."], generator: torch.Generator | None = None
+) -> Float[Tensor, "k n"]:
+    """`(k, length)` with entries N(0, 1/k), so that the expectation of PᵀP is the identity.
 
     Raises:
         ValueError: `size` is less than 1.
     """
     if size < 1:
         raise ValueError(f"size: expected at least 1, got {size}")
+    return torch.randn(size, length, dtype=like.dtype, device=like.device, generator=generator) / math.sqrt(size)
 
-    def projection(length: int) -> Tensor | None:
-        if length <= size:
-            return None
-        return torch.randn(size, length, dtype=like.dtype, device=like.device, generator=generator) / math.sqrt(size)
 
-    return Sketch(projection(rows), projection(columns))
+def draw_sketch(
+    size: int, rows: int, columns: int, like: Float[Tensor, "..."], generator: torch.Generator | None = None
+) -> Sketch:
+    """Draw the two projections for a weight of shape `(rows, columns)`, with the dtype and device of `like`.
+
+    Args:
+        size: k, the length that each side of G_s is projected to. A side that is no longer than k is kept.
+
+    Raises:
+        ValueError: `size` is less than 1.
+    """
+    sides = [draw_projection(size, length, like, generator) if length > size else None for length in (rows, columns)]
+    return Sketch(*sides)
 
 
 def per_sequence_gradients(

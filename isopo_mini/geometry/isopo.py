@@ -52,8 +52,8 @@ def solve_ntk(
     Solved as (K/λ + I) c = A: the smallest eigenvalue is then 1 whatever the scale of K, and a layer whose gradients
     all vanish (K = 0, λ = 0) keeps c = A. The precision is that of K, whose own rounding matters as much.
     """
-    damping = damping.to(gram.dtype)
-    system = gram * torch.where(damping > 0, 1.0 / damping, 0.0)
+    smallest = torch.finfo(gram.dtype).tiny
+    system = gram / damping.to(gram.dtype).clamp_min(smallest)
     system.diagonal().add_(1.0)
     factor, _ = torch.linalg.cholesky_ex(system)
     return torch.cholesky_solve(advantages.to(gram.dtype)[:, None], factor)[:, 0].to(advantages.dtype)

@@ -4,12 +4,11 @@ A layer is a weight and its bias (or whatever parameters its module owns). From 
 Gram matrix, the norms, the overlaps with single tokens, and at the end the only thing that leaves: Σ_s c_s G_s.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from isopo_mini.geometry import gram as grams
@@ -18,36 +17,85 @@ from isopo_mini.geometry.parameter_gradients import MatrixGradients, VectorGradi
 PATHS = ("auto", "dense", "ghost", "sketched")
 
 
+class Resources:
+    """What the layers of one microbatch share: options, memory, projections and sampled tokens.
+
+    Args:
+        path: how Gram matrices of weight matrices are made, one of `PATHS`.
+        sketch_size: k of the sketched path.
+        workspace: memory for the dense path.
+        generator_of: the source of randomness on a device.
+        token_mask: `(S, T)`, which positions may be sampled as tokens; None for all.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        sketch_size: int,
+        workspace: Workspace,
+        generator_of: Callable[[torch.device], torch.Generator],
+        token_mask: Tensor | None = None,
+    ) -> None:
+        self.path = path
+        self.sketch_size = sketch_size
+        self.workspace = workspace
+        self._generator_of = generator_of
+        self._token_mask = token_mask
+        self._projections: dict[tuple[str, int, torch.dtype, torch.device], Tensor] = {}
+        self._tokens: dict[tuple[torch.Size, int, torch.device], Tensor] = {}
+
+    def projection(self, side: str, length: int, like: Tensor) -> Tensor:
+        """A Gaussian projection of `length` numbers to k. Weights with a side of the same length share it."""
+        key = (side, length, like.dtype, like.device)
+        if key not in self._projections:
+            self._projections[key] = grams.draw_projection(
+                self.sketch_size, length, like, self._generator_of(like.device)
+            )
+        return self._projections[key]
+
+    def sketch(self, rows: int, columns: int, like: Tensor) -> grams.Sketch:
+        """The projections for a weight of shape `(rows, columns)`. The two sides are independent."""
+        return grams.Sketch(
+            self.projection("left", rows, like) if rows > self.sketch_size else None,
+            self.projection("right", columns, like) if columns > self.sketch_size else None,
+        )
+
+    def tokens(self, shape: torch.Size, device: torch.device, count: int) -> tuple[Tensor, Tensor]:
+        """Sequence and position of `count` tokens of `(S, T)`, drawn without replacement; all where there are fewer."""
+        key = (shape, count, device)
+        if key not in self._tokens:
+            generator = self._generator_of(device)
+            if self._token_mask is not None and self._token_mask.shape == shape:
+                allowed = self._token_mask.nonzero()
+            else:
+                allowed = torch.ones(shape, device=device).nonzero()
+            if len(allowed) > count:
+                allowed = allowed[torch.randperm(len(allowed), generator=generator, device=device)[:count]]
+            self._tokens[key] = allowed
+        return self._tokens[key][:, 0], self._tokens[key][:, 1]
+
+
 @dataclass
 class LayerGradients:
     """The per-sequence gradients of a layer: those of its parameters, side by side.
 
     Args:
         parameters: by name.
-        path: how Gram matrices of weight matrices are made, one of `PATHS`.
-        sketch_size: k of the sketched path.
+        resources: shared with the other layers of the microbatch.
     """
 
     parameters: dict[str, MatrixGradients | VectorGradients]
-    path: str
-    sketch_size: int
-    workspace: Workspace
-    make_generator: Callable[[], torch.Generator]
-    token_mask: Tensor | None = None  # (S, T): which positions may be sampled as tokens; None for all
-
-    @property
-    def generator(self) -> torch.Generator:
-        """The source of randomness of sketches and sampled tokens."""
-        return self.make_generator()
+    resources: Resources
 
     def gram(self) -> Float[Tensor, "S S"]:
         """K_ss' = ⟨G_s, G_s'⟩, summed over the parameters of the layer."""
-        self.workspace.start_layer()
-        if self.path == "sketched":
+        resources = self.resources
+        resources.workspace.start_layer()
+        if resources.path == "sketched":
             return self._sketched_gram()
         return sum_of(
             [
-                part.gram(self.path, self.workspace) if isinstance(part, MatrixGradients) else part.gram()
+                part.gram(resources.path, resources.workspace) if isinstance(part, MatrixGradients) else part.gram()
                 for part in self.parameters.values()
             ]
         )
@@ -59,9 +107,9 @@ class LayerGradients:
         parts = []
         for matrix in matrices:
             like = matrix.rights[0]
-            sketch = grams.draw_sketch(self.sketch_size, matrix.rows, matrix.columns, like, self.generator)
+            sketch = self.resources.sketch(matrix.rows, matrix.columns, like)
             if sketch.left is None and sketch.right is None:  # short on both sides: nothing to gain
-                parts.append(matrix.gram("dense", self.workspace))
+                parts.append(matrix.gram("dense", self.resources.workspace))
                 continue
             sketched = matrix.sketched(sketch)  # (S, k, l)
             for bias in [vector for vector in vectors if vector.form().shape[1] == matrix.rows]:
@@ -70,10 +118,8 @@ class LayerGradients:
                 if sketch.right is None:
                     sketched = torch.cat([sketched, column[:, :, None]], dim=2)
                 else:
-                    entries = torch.randn(
-                        sketched.shape[2], dtype=like.dtype, device=like.device, generator=self.generator
-                    )
-                    sketched = sketched + column[:, :, None] * (entries / math.sqrt(self.sketch_size))
+                    entries = self.resources.projection("bias", 1, like)[:, 0]  # Q's column for the constant input
+                    sketched = torch.addcmul(sketched, column[:, :, None], entries)
             parts.append(grams.inner_products(sketched))
         return sum_of(parts + [vector.gram() for vector in vectors])
 
@@ -83,7 +129,7 @@ class LayerGradients:
 
     def token_overlaps(self, count: int) -> tuple[Float[Tensor, "S N"], Float[Tensor, "N"]]:
         """⟨G_s, g_n⟩ and ‖g_n‖ for `count` random tokens n, or for all tokens where there are fewer."""
-        sequences, positions = self._sample_tokens(count)
+        sequences, positions = self.resources.tokens(*self._shape_of_uses(), count)
         parts = [part.token_overlaps(sequences, positions) for part in self.parameters.values()]
         overlaps, squares = (sum_of(list(pieces)) for pieces in zip(*parts, strict=True))
         return overlaps, squares.sqrt()
@@ -92,24 +138,17 @@ class LayerGradients:
         """Σ_s c_s G_s, for every parameter."""
         return {name: part.combine(coefficients) for name, part in self.parameters.items()}
 
-    def _sample_tokens(self, count: int) -> tuple[Int[Tensor, "N"], Int[Tensor, "N"]]:
-        """Sequence and position of `count` tokens, drawn without replacement."""
-        shapes = {
-            tuple(factor.shape[:2])
+    def _shape_of_uses(self) -> tuple[torch.Size, torch.device]:
+        """(S, T) of every use of the layer, and where they are."""
+        factors = [
+            factor
             for part in self.parameters.values()
             for factor in (part.rights if isinstance(part, MatrixGradients) else part.output_gradients)
-        }
+        ]
+        shapes = {factor.shape[:2] for factor in factors}
         if len(shapes) != 1:
             raise ValueError(
                 f"{', '.join(self.parameters)}: the token-sampled norm expected every use of the layer to have "
                 f"the same sequences and positions, got {sorted(shapes)}; use norm='sequence'"
             )
-        (shape,) = shapes
-        if self.token_mask is not None and tuple(self.token_mask.shape) == shape:
-            allowed = self.token_mask.nonzero()
-        else:
-            allowed = torch.ones(shape, device=self.generator.device).nonzero()
-        if len(allowed) > count:
-            chosen = torch.randperm(len(allowed), generator=self.generator, device=self.generator.device)[:count]
-            allowed = allowed[chosen]
-        return allowed[:, 0], allowed[:, 1]
+        return shapes.pop(), factors[0].device

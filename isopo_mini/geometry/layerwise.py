@@ -32,7 +32,7 @@ from isopo_mini.geometry.layer_functions import (
     scale_and_shift,
     table_lookup,
 )
-from isopo_mini.geometry.layer_gradients import PATHS, LayerGradients
+from isopo_mini.geometry.layer_gradients import PATHS, LayerGradients, Resources
 from isopo_mini.geometry.microbatch import Microbatch, Uses, layer_names
 from isopo_mini.geometry.parameter_gradients import Workspace
 from isopo_mini.geometry.transforms import NTK, FisherNormalized, MovingAverages, Transform
@@ -125,8 +125,10 @@ class Isopo:
             checks.require_shape("mask", mask, "S T", sizes)
         advantages = advantages.detach()
 
+        resources = self._resources(mask)
+
         def close_layer(name: str, uses: Uses) -> dict[str, Tensor]:
-            gradients = self._layer_gradients(uses, mask)
+            gradients = LayerGradients(uses, resources)
             coefficients = self.transform.coefficients(gradients, advantages, self.averages(name))
             microbatch.coefficients[name] = coefficients
             return gradients.combine(coefficients)
@@ -164,16 +166,15 @@ class Isopo:
         """The moving averages of one layer."""
         return self._averages.setdefault(layer, MovingAverages(self._decay))
 
-    def _layer_gradients(self, uses: Uses, mask: Tensor | None = None) -> LayerGradients:
-        """The gradients of a layer, with what the engine adds: options, memory and randomness."""
+    def _resources(self, mask: Tensor | None = None) -> Resources:
+        """What the layers of one microbatch share."""
 
-        def generator() -> torch.Generator:
-            device = next(iter(uses.values())).device
+        def generator_of(device: torch.device) -> torch.Generator:
             if device not in self._generators:
                 self._generators[device] = torch.Generator(device).manual_seed(self._seed)
             return self._generators[device]
 
-        return LayerGradients(uses, self.gram, self.sketch_size, self._workspace, generator, mask)
+        return Resources(self.gram, self.sketch_size, self._workspace, generator_of, mask)
 
 
 def gram_matrices(
@@ -193,10 +194,11 @@ def gram_matrices(
         The Gram matrix of each layer that the log-probabilities depend on, by the layer's name.
     """
     engine = Isopo(model, NTK(), gram=gram, sketch_size=sketch_size)
+    resources = engine._resources()
     grams: dict[str, Tensor] = {}
 
     def close_layer(name: str, uses: Uses) -> dict[str, Tensor]:
-        grams[name] = engine._layer_gradients(uses).gram()
+        grams[name] = LayerGradients(uses, resources).gram()
         return {}
 
     with Microbatch(model, "separate", None, close_layer).opened():
