@@ -33,7 +33,8 @@ def tracked_files() -> list[str]:
 
 
 def texts() -> list[tuple[str, str]]:
-    return [(name, (ROOT / name).read_text()) for name in tracked_files() if name != THIS_FILE]
+    names = [name for name in tracked_files() if name != THIS_FILE and not name.endswith(".png")]
+    return [(name, (ROOT / name).read_text()) for name in names]
 
 
 def pins() -> dict[str, str]:
