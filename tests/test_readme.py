@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import readme_picture
 import torch
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -73,6 +74,14 @@ def test_the_picture_is_small_and_says_what_the_first_page_says() -> None:
     assert f"![{alt}]({readme_picture.PICTURE.relative_to(ROOT)})" in README
     assert readme_picture.PICTURE.read_bytes().startswith(b"\x89PNG")
     assert 10_000 < readme_picture.PICTURE.stat().st_size < 150_000
+
+
+def test_the_first_page_links_every_other_page() -> None:
+    """A chapter that is added to the table of contents belongs on the map, with its claim."""
+    page = readme_picture.PAGE.read_text()
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    pages = [entry["file"].removeprefix("book/") for part in toc["parts"] for entry in part["chapters"]]
+    assert [name for name in pages if f"]({name}.ipynb)" not in page and f"]({name}.md)" not in page] == []
 
 
 def test_the_script_draws_the_last_cell_it_is_given(tmp_path: Path) -> None:
