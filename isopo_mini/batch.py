@@ -6,7 +6,7 @@ length are padded at the end to T positions; `mask` says which positions are rea
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -84,7 +84,8 @@ class Batch:
             raise ValueError(
                 f"mask: expected at least one True a sequence, got none in sequence {int(without_action.nonzero()[0])}"
             )
-        checks.require_finite("rewards", self.rewards if self.rewards.ndim == 1 else self.rewards * self.mask)
+        real = self.rewards if self.rewards.ndim == 1 else self.rewards.masked_fill(~self.mask, 0.0)
+        checks.require_finite("rewards", real)
         checks.require_finite("log_probs", self.log_probs.masked_fill(~self.mask, 0.0))
         if self.observations.is_floating_point():
             checks.require_finite("observations", self.observations)
@@ -111,6 +112,10 @@ class Batch:
         for start in range(0, len(self), size):
             yield self.select(torch.arange(start, min(start + size, len(self)), device=self.actions.device))
 
+    def total_rewards(self) -> Float[Tensor, "S"]:
+        """The return of every sequence: its reward, or the sum of its real rewards over time."""
+        return self.rewards if self.rewards.ndim == 1 else self.rewards.masked_fill(~self.mask, 0.0).sum(dim=1)
+
     def as_steps(self) -> "Batch":
         """Every real time step as a sequence of its own, `(N, 1)`. Rewards must then be one a time step.
 
@@ -132,13 +137,23 @@ class Batch:
             groups=groups,
         )
 
+    def as_tokens(self) -> "Batch":
+        """Every real token as a sequence of its own that keeps its context: `(N, T)`, with one True a row.
+
+        For policies that read the tokens before an action, where `as_steps` would cut the context away. Rewards stay
+        as they are: those of a sequence go to each of its tokens, those of a time step to that token's row.
+        """
+        sequences, positions = self.mask.nonzero(as_tuple=True)
+        mask = torch.zeros_like(self.mask[sequences])
+        mask[torch.arange(len(sequences), device=mask.device), positions] = True
+        rewards = self.rewards[sequences] if self.rewards.ndim == 1 else self.rewards[self.mask]
+        return replace(self._plain().select(sequences), mask=mask, rewards=rewards)
+
+    def _plain(self) -> "Batch":
+        """The fields of `Batch`, without those of a subclass."""
+        return Batch(self.observations, self.actions, self.mask, self.rewards, self.log_probs, self.groups)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        """The batch with `function` applied to every tensor."""
-        return Batch(
-            observations=function(self.observations),
-            actions=function(self.actions),
-            mask=function(self.mask),
-            rewards=function(self.rewards),
-            log_probs=function(self.log_probs),
-            groups=None if self.groups is None else function(self.groups),
-        )
+        """The batch with `function` applied to every tensor, those of a subclass too."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: function(value) for name, value in values.items() if value is not None})

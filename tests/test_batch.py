@@ -74,7 +74,6 @@ class TestWhatIsAccepted:
         tensors["actions"][:, 2:] = -1
         assert_same(Batch(**tensors), tensors)
 
-    @pytest.mark.xfail(strict=True, reason="rewards are multiplied by the mask, and nan times 0 is nan")
     @pytest.mark.parametrize("number", [math.nan, math.inf])
     def test_padding_may_hold_any_reward(self, number: float) -> None:
         tensors = make_tensors()
@@ -156,6 +155,35 @@ class TestParts:
             assert steps.groups is not None
             assert steps.groups[n] == tensors["groups"][s]
         assert steps.mask.all()
+
+    @given(**SHAPES)
+    @settings(max_examples=30, deadline=None)
+    def test_as_tokens_gives_every_real_position_a_row_with_its_context(
+        self, sequences: int, positions: int, seed: int
+    ) -> None:
+        tensors = make_tensors(sequences, positions, seed)
+        tokens = Batch(**tensors).as_tokens()
+        real = [(s, t) for s in range(sequences) for t in range(positions) if tensors["mask"][s, t]]
+        assert len(tokens) == len(real)
+        for n, (s, t) in enumerate(real):
+            assert torch.equal(tokens.observations[n], tensors["observations"][s])
+            assert torch.equal(tokens.actions[n], tensors["actions"][s])
+            assert tokens.mask[n].nonzero().tolist() == [[t]]
+            assert tokens.rewards[n] == tensors["rewards"][s, t]
+
+    def test_the_tokens_of_a_sequence_share_its_reward(self) -> None:
+        tensors = make_tensors() | {"rewards": torch.tensor([1.0, 2.0, 3.0])}
+        tensors["mask"] = torch.tensor(
+            [[True, False, False, False], [True, True, False, False], [False, True, True, True]]
+        )
+        assert Batch(**tensors).as_tokens().rewards.tolist() == [1.0, 2.0, 2.0, 3.0, 3.0, 3.0]
+
+    def test_total_rewards_are_those_of_real_steps(self) -> None:
+        tensors = make_tensors()
+        tensors["mask"] = torch.tensor([[True, True, False, False]]).repeat(3, 1)
+        tensors["rewards"] = torch.tensor([[1.0, 2.0, math.nan, 8.0]]).repeat(3, 1)
+        assert Batch(**tensors).total_rewards().tolist() == [3.0, 3.0, 3.0]
+        assert Batch(**tensors | {"rewards": torch.tensor([1.0, 2.0, 3.0])}).total_rewards().tolist() == [1.0, 2.0, 3.0]
 
     def test_as_steps_without_groups(self) -> None:
         assert Batch(**make_tensors() | {"groups": None}).as_steps().groups is None

@@ -110,14 +110,13 @@ def train(
         samples += len(batch)
         actions += int(batch.mask.sum())
         backward_passes += metrics.pop("backward_passes", math.nan)
-        rewards = batch.rewards if batch.rewards.ndim == 1 else (batch.rewards * batch.mask).sum(dim=1)
         row: dict[str, float] = {
             "step": step,
             "samples": samples,
             "actions": actions,
             "backward_passes": backward_passes,
             "seconds": seconds,
-            "reward": rewards.mean().item(),
+            "reward": batch.total_rewards().mean().item(),
             "entropy": diagnostics.entropy(logits_before, batch.mask).item(),
             "kl": diagnostics.kl_divergence(logits_before, _logits(policy, batch), batch.mask).item(),
         }

@@ -30,19 +30,14 @@ Advantages = Callable[[Batch], Tensor]
 
 def batch_advantages(batch: Batch) -> Float[Tensor, "S"]:
     """A_s = R_s − mean of the other rewards of the batch. Rewards given by time step are summed first."""
-    returns = total_rewards(batch)
+    returns = batch.total_rewards()
     return leave_one_out(returns, torch.zeros(len(batch), dtype=torch.int64, device=returns.device))
 
 
 def centred_advantages(batch: Batch) -> Float[Tensor, "S"]:
     """A_s = R_s − mean of its group (of the batch, where there are no groups)."""
     groups = torch.zeros_like(batch.actions[:, 0]) if batch.groups is None else batch.groups
-    return group_advantages(total_rewards(batch), groups, scale="none")
-
-
-def total_rewards(batch: Batch) -> Float[Tensor, "S"]:
-    """The return of every sequence: its reward, or the sum of its rewards over time."""
-    return batch.rewards if batch.rewards.ndim == 1 else (batch.rewards * batch.mask).sum(dim=1)
+    return group_advantages(batch.total_rewards(), groups, scale="none")
 
 
 @dataclass
