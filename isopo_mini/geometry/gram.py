@@ -109,14 +109,20 @@ def dense(
     return inner_products(per_sequence_gradients(left, right, rows))
 
 
-def ghost(left: Float[Tensor, "S T o"] | Int[Tensor, "S T"], right: Float[Tensor, "S T i"]) -> Float[Tensor, "S S"]:
+def ghost(
+    left: Float[Tensor, "S T o"] | Int[Tensor, "S T"], right: Float[Tensor, "S T i"], bias: bool = False
+) -> Float[Tensor, "S S"]:
     """K_ss' = Σ_tt' (left_st·left_s't')(right_st·right_s't'): no gradient is formed. Multiplications S²T²(o+i).
+
+    Args:
+        bias: count the gradient of the layer's bias too, Σ_t left_st. It is that of a weight whose input is 1
+            everywhere, so every product of right vectors grows by 1.
 
     Source: Goodfellow, *Efficient per-example gradient computations*, arXiv 1510.01799 (norms, that is, the
     diagonal for T = 1); the double sum over positions is the ghost norm of Li et al., arXiv 2110.05679.
     """
     _check_pair(left, right)
-    return ghost_between(left, right, left, right)
+    return ghost_between(left, right, left, right, bias)
 
 
 def ghost_between(
@@ -124,17 +130,23 @@ def ghost_between(
     right: Float[Tensor, "S T i"],
     other_left: Float[Tensor, "R U o"] | Int[Tensor, "R U"],
     other_right: Float[Tensor, "R U i"],
+    bias: bool = False,
 ) -> Float[Tensor, "S R"]:
     """⟨G_s, H_r⟩ for two sets of gradients G and H of one weight, block by block so that memory stays small."""
-    sequences, positions = right.shape[:2]
+    positions = right.shape[1]
     others, other_positions = other_right.shape[:2]
     precise = torch.promote_types(right.dtype, torch.float32)
-    flat_left, flat_right = other_left.flatten(0, 1), other_right.flatten(0, 1).to(precise)
+    flat_left, flat_right = left.flatten(0, 1), right.flatten(0, 1).to(precise)
+    same = other_right is right and other_left is left
+    columns_left = flat_left if same else other_left.flatten(0, 1)
+    columns_right = (flat_right if same else other_right.flatten(0, 1).to(precise)).T
+    size = max(1, GHOST_BLOCK // (positions * others * other_positions)) * positions
     blocks = []
-    size = max(1, GHOST_BLOCK // (positions * others * other_positions))
-    for rows in (slice(start, start + size) for start in range(0, sequences, size)):
-        products = _inner_of_left(left[rows].flatten(0, 1), flat_left, precise)
-        products *= right[rows].flatten(0, 1).to(precise) @ flat_right.T
+    for rows_left, rows_right in zip(flat_left.split(size), flat_right.split(size), strict=True):
+        products = rows_right @ columns_right
+        if bias:
+            products += 1.0
+        products *= _inner_of_left(rows_left, columns_left, precise)
         if positions * other_positions > 1:
             products = products.view(-1, positions, others, other_positions).sum(dim=(1, 3))
         blocks.append(products)

@@ -5,6 +5,7 @@ elementwise scale and shift. `handlers.py` writes PyTorch's functions in terms o
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map
 
 
@@ -28,6 +30,8 @@ class UnhandledParameterError(ValueError):
 @runtime_checkable
 class Layer(Protocol):
     """What a use reports to; see `layerwise._Layer`."""
+
+    tape: "Tape | None"
 
     def expected_sequences(self, tensor: Tensor) -> int: ...
     def gate(self) -> Tensor: ...
@@ -52,6 +56,22 @@ class Slot:
                 f"parameter '{self.name}': expected an input whose first axis is the S={sequences} sequences, got "
                 f"shape {tuple(tensor.shape)}; keep that axis through the model (for positions: expand them to (S, T))"
             )
+
+
+class Tape:
+    """Notes the outputs of all uses, for asking autograd afterwards for their gradients and for nothing else."""
+
+    def __init__(self) -> None:
+        self.edges: list[GradientEdge] = []
+        self.reports: list[Callable[[Tensor], None]] = []
+
+    def note(self, outputs: Tensor, report: Callable[[Tensor], None]) -> Tensor:
+        """The same outputs, in a graph; `report` is what their gradient will be given to."""
+        if not outputs.requires_grad:
+            outputs = outputs.requires_grad_().clone()  # a leaf could not be changed in place by what follows
+        self.edges.append(get_gradient_edge(outputs))
+        self.reports.append(report)
+        return outputs
 
 
 class StandIn(Tensor):
@@ -115,6 +135,10 @@ def matrix_product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -
             slot.check_input(inputs, axes=2)
     if slots[0] is None and weight.requires_grad:  # a weight that was computed: its gradient is autograd's affair
         return scale_and_shift(F.linear(inputs, weight.flatten(1)), None, bias)
+    tape = _tape(slots)
+    if tape is not None:
+        outputs = F.linear(inputs, _plain(weight).flatten(1), _plain(bias))
+        return tape.note(outputs, partial(_report_matrix_product, slots, inputs.detach().to(outputs.dtype)))
     return _MatrixProduct.apply(slots, inputs, _plain(weight).flatten(1), _plain(bias), *_gates(slots))
 
 
@@ -123,6 +147,10 @@ def table_lookup(indices: Tensor, table: Tensor, padding_index: int | None = Non
     if not isinstance(table, StandIn):
         return F.embedding(indices, table, padding_index)
     table.slot.check_input(indices, axes=1)
+    tape = _tape((table.slot,))
+    if tape is not None:
+        outputs = F.embedding(indices, _plain(table), padding_index)
+        return tape.note(outputs, partial(_report_table_lookup, table.slot, indices, padding_index))
     return _TableLookup.apply(table.slot, indices, _plain(table), padding_index, table.slot.layer.gate())
 
 
@@ -132,6 +160,10 @@ def scale_and_shift(inputs: Tensor, scale: Tensor | None, shift: Tensor | None) 
     for slot in slots:
         if slot is not None:
             slot.check_input(inputs, axes=1 + slot.parameter.ndim)
+    tape = _tape(slots)
+    if tape is not None:
+        outputs = _scaled_and_shifted(inputs, _plain(scale), _plain(shift))
+        return tape.note(outputs, partial(_report_scale_and_shift, slots, inputs.detach()))
     return _ScaleAndShift.apply(slots, inputs, _plain(scale), _plain(shift), *_gates(slots))
 
 
@@ -147,12 +179,7 @@ class _MatrixProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, output_gradients: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
-        for_weight, for_bias = ctx.slots
-        left = _positions(output_gradients, 1)
-        if for_weight is not None:
-            for_weight.layer.add_matrix_use(for_weight, left, _positions(inputs, 1))
-        if for_bias is not None:
-            for_bias.layer.add_vector_use(for_bias, left, None)
+        _report_matrix_product(ctx.slots, inputs, output_gradients)
         input_gradients = None
         if ctx.needs_input_grad[1]:
             input_gradients = output_gradients @ weight.to(output_gradients.dtype)
@@ -170,10 +197,7 @@ class _TableLookup(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, output_gradients: Tensor) -> tuple[None, ...]:
         (indices,) = ctx.saved_tensors
-        if ctx.padding_index is not None:
-            output_gradients = output_gradients.masked_fill((indices == ctx.padding_index).unsqueeze(-1), 0.0)
-        left = indices.reshape(indices.shape[0], -1)
-        ctx.slot.layer.add_matrix_use(ctx.slot, left, _positions(output_gradients, 1))
+        _report_table_lookup(ctx.slot, indices, ctx.padding_index, output_gradients)
         return None, None, None, None, None
 
 
@@ -184,21 +208,13 @@ class _ScaleAndShift(torch.autograd.Function):
     ) -> Tensor:
         ctx.slots = slots
         ctx.save_for_backward(inputs if slots[0] is not None else None, scale)
-        if scale is None:
-            return inputs if shift is None else inputs + shift
-        return inputs * scale if shift is None else torch.addcmul(shift, inputs, scale)
+        return _scaled_and_shifted(inputs, scale, shift)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, output_gradients: Tensor) -> tuple[Tensor | None, ...]:
         inputs, scale = ctx.saved_tensors
-        for_scale, for_shift = ctx.slots
-        if for_scale is not None:
-            axes = for_scale.parameter.ndim
-            for_scale.layer.add_vector_use(for_scale, _positions(output_gradients, axes), _positions(inputs, axes))
-        if for_shift is not None:
-            left = _positions(output_gradients, for_shift.parameter.ndim)
-            for_shift.layer.add_vector_use(for_shift, left, None)
+        _report_scale_and_shift(ctx.slots, inputs, output_gradients)
         input_gradients = None
         if ctx.needs_input_grad[1]:
             input_gradients = output_gradients if scale is None else output_gradients * scale
@@ -210,12 +226,58 @@ def shape_of(tensor: Tensor) -> torch.Size:
     return tensor.slot.parameter.shape if isinstance(tensor, StandIn) else tensor.shape
 
 
+def _scaled_and_shifted(inputs: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """inputs ∘ scale + shift."""
+    if scale is None:
+        return inputs if shift is None else inputs + shift
+    return inputs * scale if shift is None else torch.addcmul(shift, inputs, scale)
+
+
+# --- What backpropagation reports when it passes a use: the factors of the parameters' gradients --------------------
+
+
+def _report_matrix_product(slots: tuple[Slot | None, ...], inputs: Tensor, output_gradients: Tensor) -> None:
+    """dW_s = Σ_t g_st x_stᵀ, db_s = Σ_t g_st."""
+    for_weight, for_bias = slots
+    left = _positions(output_gradients, 1)
+    if for_weight is not None:
+        for_weight.layer.add_matrix_use(for_weight, left, _positions(inputs, 1))
+    if for_bias is not None:
+        for_bias.layer.add_vector_use(for_bias, left, None)
+
+
+def _report_table_lookup(slot: Slot, indices: Tensor, padding_index: int | None, output_gradients: Tensor) -> None:
+    """The row of each token gets the gradient at its output."""
+    if padding_index is not None:
+        output_gradients = output_gradients.masked_fill((indices == padding_index).unsqueeze(-1), 0.0)
+    slot.layer.add_matrix_use(slot, indices.reshape(indices.shape[0], -1), _positions(output_gradients, 1))
+
+
+def _report_scale_and_shift(slots: tuple[Slot | None, ...], inputs: Tensor | None, output_gradients: Tensor) -> None:
+    """dγ_s = Σ_t g_st ∘ x_st, dβ_s = Σ_t g_st."""
+    for_scale, for_shift = slots
+    if for_scale is not None and inputs is not None:
+        axes = for_scale.parameter.ndim
+        for_scale.layer.add_vector_use(for_scale, _positions(output_gradients, axes), _positions(inputs, axes))
+    if for_shift is not None:
+        left = _positions(output_gradients, for_shift.parameter.ndim)
+        for_shift.layer.add_vector_use(for_shift, left, None)
+
+
 # --- Helpers -------------------------------------------------------------------------------------------------------
 
 
 def _slots(*tensors: Tensor | None) -> tuple[Slot | None, ...]:
     """The slot of every stand-in, None for plain tensors."""
     return tuple(tensor.slot if isinstance(tensor, StandIn) else None for tensor in tensors)
+
+
+def _tape(slots: tuple[Slot | None, ...]) -> Tape | None:
+    """The tape of a use, where there is one."""
+    for slot in slots:
+        if slot is not None:
+            return slot.layer.tape
+    return None
 
 
 def _plain(tensor: Any) -> Any:

@@ -93,12 +93,15 @@ class LayerGradients:
         resources.workspace.start_layer()
         if resources.path == "sketched":
             return self._sketched_gram()
-        return sum_of(
-            [
-                part.gram(resources.path, resources.workspace) if isinstance(part, MatrixGradients) else part.gram()
-                for part in self.parameters.values()
-            ]
-        )
+        matrices = [part for part in self.parameters.values() if isinstance(part, MatrixGradients)]
+        vectors = [part for part in self.parameters.values() if isinstance(part, VectorGradients)]
+        parts = []
+        for matrix in matrices:
+            path = matrix.path(resources.path)
+            biases = [vector for vector in vectors if path == "ghost" and matrix.has_bias(vector)][:1]
+            vectors = [vector for vector in vectors if vector not in biases]
+            parts.append(matrix.gram(path, resources.workspace, bias=bool(biases)))
+        return sum_of(parts + [vector.gram() for vector in vectors])
 
     def _sketched_gram(self) -> Float[Tensor, "S S"]:
         """K̂ of the layer. A bias is one more column of its weight, so it goes through the same projections."""

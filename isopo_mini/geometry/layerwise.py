@@ -17,6 +17,7 @@ of the layer have been seen. The gate computes the Gram matrix, the coefficients
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -26,6 +27,7 @@ from torch import Tensor
 from isopo_mini import checks
 from isopo_mini.geometry import handlers  # noqa: F401  (importing registers them)
 from isopo_mini.geometry.layer_functions import (
+    Tape,
     UnhandledParameterError,
     matrix_product,
     register,
@@ -33,7 +35,7 @@ from isopo_mini.geometry.layer_functions import (
     table_lookup,
 )
 from isopo_mini.geometry.layer_gradients import PATHS, LayerGradients, Resources
-from isopo_mini.geometry.microbatch import Microbatch, Uses, layer_names
+from isopo_mini.geometry.microbatch import PAST_ITS_MODULE, LayerUses, Microbatch, Uses, layer_names, stand_ins
 from isopo_mini.geometry.parameter_gradients import Workspace
 from isopo_mini.geometry.transforms import NTK, FisherNormalized, MovingAverages, Transform
 
@@ -194,14 +196,24 @@ def gram_matrices(
         The Gram matrix of each layer that the log-probabilities depend on, by the layer's name.
     """
     engine = Isopo(model, NTK(), gram=gram, sketch_size=sketch_size)
+    tape = Tape()
+    layers: dict[str, LayerUses] = {}
+
+    def make_layer(name: str) -> LayerUses:
+        layers[name] = LayerUses(None, tape)
+        return layers[name]
+
+    with stand_ins(model, "separate", make_layer) as slots:
+        parameters = [slot.parameter for slot in slots]
+        total = log_probs().sum()
+        # Of the parameters nothing is expected back: what they are used for is on the tape.
+        wanted: list[Any] = [*tape.edges, *parameters]
+        gradients = torch.autograd.grad(total, wanted, allow_unused=True)
+    for slot, gradient in zip(slots, gradients[len(tape.edges) :], strict=True):
+        if gradient is not None:
+            raise UnhandledParameterError(slot.name, PAST_ITS_MODULE)
+    for report, gradient in zip(tape.reports, gradients, strict=False):
+        if gradient is not None:
+            report(gradient)
     resources = engine._resources()
-    grams: dict[str, Tensor] = {}
-
-    def close_layer(name: str, uses: Uses) -> dict[str, Tensor]:
-        grams[name] = LayerGradients(uses, resources).gram()
-        return {}
-
-    with Microbatch(model, "separate", None, close_layer).opened():
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        torch.autograd.grad(log_probs().sum(), parameters, allow_unused=True)
-    return grams
+    return {name: LayerGradients(layer.uses, resources).gram() for name, layer in layers.items() if layer.uses}

@@ -3,15 +3,17 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from isopo_mini.geometry.layer_functions import Slot, StandIn, UnhandledParameterError
+from isopo_mini.geometry.layer_functions import Slot, StandIn, Tape, UnhandledParameterError
 from isopo_mini.geometry.parameter_gradients import MatrixGradients, VectorGradients
+
+PAST_ITS_MODULE = "a path that does not go through its module"
 
 Uses = dict[str, MatrixGradients | VectorGradients]
 
@@ -59,27 +61,28 @@ def _layers_of(places: list[_Place], layers: str) -> dict[nn.Parameter, str]:
     return names
 
 
-class _Layer:
-    """One layer of an open microbatch: collects the factors of its gradient and closes its gate."""
+class LayerUses:
+    """Collects the factors of one layer's gradient as backpropagation comes by its uses.
 
-    def __init__(self, name: str, microbatch: "Microbatch") -> None:
-        self.name = name
-        self.microbatch = microbatch
-        self.slots: list[Slot] = []
+    Args:
+        num_sequences: S, which the first axis of every input must have; None when the first input decides.
+        tape: where the uses are noted; None when they report to the gate.
+    """
+
+    def __init__(self, num_sequences: int | None, tape: Tape | None = None) -> None:
+        self.num_sequences = num_sequences
+        self.tape = tape
         self.uses: Uses = {}
-        self._gate: Tensor | None = None
-
-    def expected_sequences(self, tensor: Tensor) -> int:
-        """S, which the first axis of every input must have. Where nobody said, the first input decides."""
-        if self.microbatch.num_sequences is None:
-            self.microbatch.num_sequences = tensor.shape[0]
-        return self.microbatch.num_sequences
 
     def gate(self) -> Tensor:
-        """The node that every use hangs on. Made at the first use, so that backward reaches it right after the last."""
-        if self._gate is None:
-            self._gate = _Gate.apply(self, *[slot.parameter for slot in self.slots])
-        return self._gate
+        """The node that the uses of an open microbatch hang on."""
+        raise NotImplementedError(f"{type(self).__name__} has no gate")
+
+    def expected_sequences(self, tensor: Tensor) -> int:
+        """S; see the class."""
+        if self.num_sequences is None:
+            self.num_sequences = tensor.shape[0]
+        return self.num_sequences
 
     def add_matrix_use(self, slot: Slot, left: Tensor, right: Tensor) -> None:
         """Backward has reached a use of a weight matrix: G_s += Σ_t left_st right_stᵀ."""
@@ -95,6 +98,57 @@ class _Layer:
         if not isinstance(vector, VectorGradients):
             raise UnhandledParameterError(slot.name, "both an elementwise use and a matrix product")
         vector.add_use(output_gradients, factors)
+
+
+@contextmanager
+def stand_ins(model: nn.Module, layers: str, make_layer: Callable[[str], LayerUses]) -> Iterator[list[Slot]]:
+    """A stand-in before every trainable parameter, wherever a module keeps it; gone after the block whatever happens.
+
+    Args:
+        model: whose parameters are stood in for.
+        layers: see `layer_names`.
+        make_layer: makes the layer of a name, to which the uses of its parameters report.
+    """
+    places = _places(model)
+    layer_of = _layers_of(places, layers)
+    made = {name: make_layer(name) for name in dict.fromkeys(layer_of.values())}
+    slots: dict[nn.Parameter, Slot] = {}
+    shadows: dict[nn.Parameter, StandIn] = {}
+    shadowed: list[tuple[nn.Module, str]] = []
+    try:
+        for place in places:
+            module, key, parameter = place.module, place.key, place.parameter
+            if key in module.__dict__:
+                raise RuntimeError("microbatch: expected no other open microbatch of this model, got a second one")
+            if parameter not in slots:
+                name = f"{place.module_name}.{key}" if place.module_name else key
+                slots[parameter] = Slot(name, parameter, made[layer_of[parameter]])
+                shadows[parameter] = StandIn.for_slot(slots[parameter])
+            # An entry of __dict__ hides the parameter from attribute access and from nothing else:
+            # parameters(), state_dict() and the optimizer still see the real one.
+            module.__dict__[key] = shadows[parameter]
+            shadowed.append((module, key))
+        yield list(slots.values())
+    finally:
+        for module, key in shadowed:
+            del module.__dict__[key]
+
+
+class _Layer(LayerUses):
+    """One layer of an open microbatch: once backpropagation has passed all its uses, it closes its gate."""
+
+    def __init__(self, name: str, microbatch: "Microbatch") -> None:
+        super().__init__(microbatch.num_sequences)
+        self.name = name
+        self.microbatch = microbatch
+        self.slots: list[Slot] = []
+        self._gate: Tensor | None = None
+
+    def gate(self) -> Tensor:
+        """The node that every use hangs on. Made at the first use, so that backward reaches it right after the last."""
+        if self._gate is None:
+            self._gate = _Gate.apply(self, *[slot.parameter for slot in self.slots])
+        return self._gate
 
     def transformed_gradients(self) -> list[Tensor | None]:
         """Σ_s c_s G_s for every parameter of the layer; None for one that the loss does not depend on."""
@@ -137,7 +191,7 @@ class Microbatch:
     Args:
         model: whose parameters are stood in for.
         layers: see `layer_names`.
-        num_sequences: S; None when the first input decides.
+        num_sequences: S.
         close_layer: takes a layer's name and the uses of its parameters, returns their gradients by name.
     """
 
@@ -145,7 +199,7 @@ class Microbatch:
         self,
         model: nn.Module,
         layers: str,
-        num_sequences: int | None,
+        num_sequences: int,
         close_layer: Callable[[str, Uses], dict[str, Tensor]],
     ) -> None:
         self.model = model
@@ -154,47 +208,21 @@ class Microbatch:
         self.close_layer = close_layer
         self.coefficients: dict[str, Tensor] = {}
         self.returned: dict[str, Tensor] = {}  # gradients on their way from a gate to `.grad`
-        self._shadowed: list[tuple[nn.Module, str]] = []
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Stand-ins are in place inside the `with` block, and gone after it whatever happens."""
-        try:
-            self.install()
-            yield
-        finally:
-            self.remove()
-
-    def install(self) -> None:
-        """Put a stand-in before every trainable parameter, wherever a module keeps it."""
-        places = _places(self.model)
-        layer_of = _layers_of(places, self.layers)
-        layers = {name: _Layer(name, self) for name in layer_of.values()}
-        stand_ins: dict[nn.Parameter, StandIn] = {}
-        for place in places:
-            module, key, parameter = place.module, place.key, place.parameter
-            if key in module.__dict__:
-                raise RuntimeError("microbatch: expected no other open microbatch of this model, got a second one")
-            if parameter not in stand_ins:
-                name = f"{place.module_name}.{key}" if place.module_name else key
-                layer = layers[layer_of[parameter]]
-                slot = Slot(name, parameter, layer)
-                layer.slots.append(slot)
-                stand_ins[parameter] = StandIn.for_slot(slot)
-                self._hooks.append(parameter.register_hook(self._refuse_other_gradients(name)))
-            # An entry of __dict__ hides the parameter from attribute access and from nothing else:
-            # parameters(), state_dict() and the optimizer still see the real one.
-            module.__dict__[key] = stand_ins[parameter]
-            self._shadowed.append((module, key))
-
-    def remove(self) -> None:
-        """Give the modules their parameters back."""
-        for module, key in self._shadowed:
-            del module.__dict__[key]
-        for hook in self._hooks:
-            hook.remove()
-        self._shadowed, self._hooks, self.returned = [], [], {}
+        """Stand-ins are in place inside the `with` block."""
+        hooks = []
+        with stand_ins(self.model, self.layers, lambda name: _Layer(name, self)) as slots:
+            for slot in slots:
+                cast(_Layer, slot.layer).slots.append(slot)
+                hooks.append(slot.parameter.register_hook(self._refuse_other_gradients(slot.name)))
+            try:
+                yield
+            finally:
+                for hook in hooks:
+                    hook.remove()
+                self.returned = {}
 
     def _refuse_other_gradients(self, name: str) -> Callable[[Tensor | None], None]:
         """A hook on the whole gradient of a parameter, on its way to `.grad`: it must be ours and nothing else."""
@@ -204,6 +232,6 @@ class Microbatch:
                 return
             ours = self.returned.pop(name, None)  # popped, so that autograd may keep the tensor without a copy
             if ours is None or ours.data_ptr() != gradient.data_ptr():
-                raise UnhandledParameterError(name, "a path that does not go through its module")
+                raise UnhandledParameterError(name, PAST_ITS_MODULE)
 
         return hook

@@ -34,7 +34,7 @@ class Workspace:
         return taken
 
 
-@dataclass
+@dataclass(eq=False)
 class MatrixGradients:
     """Gradients of a weight matrix: G_s = Σ_t left_st right_stᵀ, summed over the uses of the weight.
 
@@ -82,15 +82,27 @@ class MatrixGradients:
         assert self.formed is not None
         return self.formed
 
-    def gram(self, path: str, workspace: Workspace) -> Tensor:
-        """K, `(S, S)`."""
-        pairs = self.pairs
-        if path == "auto":
-            positions = sum(right.shape[1] for _, right in pairs)
-            path = grams.cheaper(pairs[0][1].shape[0], positions, self.rows, self.columns)
+    def path(self, wanted: str) -> str:
+        """The path to K: the wanted one, or the cheaper one when that is `"auto"`."""
+        if wanted != "auto":
+            return wanted
+        sequences, positions = self.rights[0].shape[0], sum(right.shape[1] for right in self.rights)
+        return grams.cheaper(sequences, positions, self.rows, self.columns)
+
+    def gram(self, path: str, workspace: Workspace, bias: bool = False) -> Tensor:
+        """K, `(S, S)`. With `bias` (ghost path) that of weight and bias together."""
         if path == "dense":
             return grams.inner_products(self.form(workspace))
-        return sum_of([grams.ghost_between(*pair, *other) for pair in pairs for other in pairs])
+        pairs = self.pairs
+        return sum_of([grams.ghost_between(*pair, *other, bias) for pair in pairs for other in pairs])
+
+    def has_bias(self, vector: "VectorGradients") -> bool:
+        """Is this the gradient of a bias that was added at every use of the weight, and nowhere else?"""
+        return (
+            len(vector.output_gradients) == len(self.lefts)
+            and all(left is gradients for left, gradients in zip(self.lefts, vector.output_gradients, strict=True))
+            and all(factors is None for factors in vector.factors)
+        )
 
     def sketched(self, sketch: grams.Sketch) -> Tensor:
         """Ĝ_s = P G_s Qᵀ, `(S, k, l)`."""
@@ -144,7 +156,7 @@ class MatrixGradients:
         return sum_of(parts)
 
 
-@dataclass
+@dataclass(eq=False)
 class VectorGradients:
     """Gradients of a bias (factor None) or of an elementwise scale: G_s = Σ_t g_st ∘ factor_st. Always formed."""
 
