@@ -24,6 +24,7 @@ INTERNAL = {
     "isopo_mini.geometry.layer_gradients",
     "isopo_mini.geometry.microbatch",
     "isopo_mini.geometry.parameter_gradients",
+    "isopo_mini.objectives.bookkeeping",
 }
 
 

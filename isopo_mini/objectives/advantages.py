@@ -1,7 +1,7 @@
-"""Advantages: how much better a sequence did than the others that answered the same prompt."""
+"""Advantages: how much better a sequence did than others, or an action than was to be expected in its state."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from isopo_mini import checks
@@ -67,6 +67,100 @@ def leave_one_out(rewards: Float[Tensor, "S"], groups: Int[Tensor, "S"]) -> Floa
     """
     deviations, members, index = _deviations(rewards, groups)
     return deviations * (members / (members - 1).clamp(min=1))[index]
+
+
+def discounted_returns(
+    rewards: Float[Tensor, "S T"],
+    mask: Bool[Tensor, "S T"],
+    discount: float,
+    bootstrap: Float[Tensor, "S"] | None = None,
+) -> Float[Tensor, "S T"]:
+    """What was still to come at every time step: G_t = r_t + γ G_{t+1}, and γ · bootstrap after the last.
+
+    An episode that *terminated* is over: nothing comes after it, its bootstrap is 0. One that was *truncated*, by a
+    limit on time, would have gone on: its bootstrap is the value of the state it was cut off in.
+
+    Args:
+        rewards: one a time step, `(S, T)`. Padding may hold anything.
+        mask: True where a step is real, `(S, T)`.
+        discount: γ, between 0 and 1.
+        bootstrap: value of the state after the last real step, `(S,)`; zeros when None.
+
+    Returns:
+        `(S, T)`, 0 at padding.
+
+    Raises:
+        ValueError: shapes disagree, a number that counts is not finite, or `discount` is not in [0, 1].
+
+    Example:
+        >>> import torch
+        >>> rewards, mask = torch.ones(1, 3), torch.ones(1, 3, dtype=torch.bool)
+        >>> discounted_returns(rewards, mask, 0.5)
+        tensor([[1.7500, 1.5000, 1.0000]])
+        >>> discounted_returns(rewards, mask, 0.5, torch.tensor([4.0]))
+        tensor([[2.2500, 2.5000, 3.0000]])
+
+    Source: Sutton and Barto, Reinforcement Learning (2018), section 3.3.
+    """
+    return gae(rewards, torch.zeros_like(rewards), mask, discount, 1.0, bootstrap)
+
+
+def gae(
+    rewards: Float[Tensor, "S T"],
+    values: Float[Tensor, "S T"],
+    mask: Bool[Tensor, "S T"],
+    discount: float,
+    trace_decay: float,
+    bootstrap: Float[Tensor, "S"] | None = None,
+) -> Float[Tensor, "S T"]:
+    """Generalised advantage estimation: A_t = δ_t + γλ A_{t+1} with δ_t = r_t + γ V(s_{t+1}) − V(s_t).
+
+    λ = 0 is the error of one step, δ_t: little variance, and the bias of V. λ = 1 is G_t − V(s_t): all the variance, no
+    bias of V. After the last real step V(s_{t+1}) is `bootstrap`; see `discounted_returns` for what that is.
+
+    Args:
+        rewards: one a time step, `(S, T)`. Padding may hold anything, here and in `values`.
+        values: V(s_t) of the state in which action t was taken, `(S, T)`.
+        mask: True where a step is real, `(S, T)`.
+        discount: γ, between 0 and 1.
+        trace_decay: λ, between 0 and 1.
+        bootstrap: V of the state after the last real step, 0 where the episode terminated, `(S,)`; zeros when None.
+
+    Returns:
+        `(S, T)`, 0 at padding.
+
+    Raises:
+        ValueError: shapes disagree, a number that counts is not finite, or a factor is not in [0, 1].
+
+    Source: Schulman et al., *High-dimensional continuous control using generalized advantage estimation*,
+        arXiv 1506.02438, equation 16.
+    """
+    sizes = checks.require_shape("rewards", rewards, "S T")
+    checks.require_not_empty("rewards", rewards)
+    checks.require_shape("values", values, "S T", sizes)
+    checks.require_shape("mask", mask, "S T", sizes)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected a bool tensor, got {mask.dtype}")
+    if bootstrap is None:
+        bootstrap = torch.zeros_like(rewards[:, 0])
+    checks.require_shape("bootstrap", bootstrap, "S", sizes)
+    for factor_name, factor in (("discount", discount), ("trace_decay", trace_decay)):
+        if not 0 <= factor <= 1:
+            raise ValueError(f"{factor_name}: expected a number in [0, 1], got {factor}")
+    rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
+    for name, tensor in (("rewards", rewards), ("values", values), ("bootstrap", bootstrap)):
+        checks.require_floating(name, tensor)
+        checks.require_finite(name, tensor)
+    # Backwards in time. A padded step passes on what came after it, whatever the mask looks like.
+    advantages = torch.zeros_like(rewards)
+    next_value, running = bootstrap, torch.zeros_like(bootstrap)
+    for t in reversed(range(rewards.shape[1])):
+        real = mask[:, t]
+        error = rewards[:, t] + discount * next_value - values[:, t]  # δ_t
+        running = torch.where(real, error + discount * trace_decay * running, running)
+        next_value = torch.where(real, values[:, t], next_value)
+        advantages[:, t] = running
+    return advantages.masked_fill(~mask, 0.0)
 
 
 def _deviations(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
