@@ -1,9 +1,20 @@
 """Who acts: policies over a finite set of actions."""
 
 from isopo_mini.policies.categorical import CategoricalPolicy
+from isopo_mini.policies.checkpoints import load_policy, read_origin, save_policy
 from isopo_mini.policies.mlp import MLP
 from isopo_mini.policies.sampling import Sampled
 from isopo_mini.policies.softmax import LinearSoftmax, TabularSoftmax
 from isopo_mini.policies.transformer import CausalTransformer
 
-__all__ = ["MLP", "CategoricalPolicy", "CausalTransformer", "LinearSoftmax", "Sampled", "TabularSoftmax"]
+__all__ = [
+    "MLP",
+    "CategoricalPolicy",
+    "CausalTransformer",
+    "LinearSoftmax",
+    "Sampled",
+    "TabularSoftmax",
+    "load_policy",
+    "read_origin",
+    "save_policy",
+]

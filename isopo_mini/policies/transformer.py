@@ -143,10 +143,11 @@ class CausalTransformer(CategoricalPolicy):
     @torch.no_grad()
     def sample(
         self,
-        prompts: Int[Tensor, "S P"],
+        prompts: Int[Tensor, "N P"],
         max_new_tokens: int,
-        prompt_lengths: Int[Tensor, "S"] | None = None,
+        prompt_lengths: Int[Tensor, "N"] | None = None,
         *,
+        responses_per_prompt: int = 1,
         end_token: int | None = None,
         pad_token: int = 0,
         temperature: float = 1.0,
@@ -160,9 +161,11 @@ class CausalTransformer(CategoricalPolicy):
         draw falls within rounding error of the border between two tokens.
 
         Args:
-            prompts: tokens, int64 `(S, P)`, padded on the right.
+            prompts: tokens, int64 `(N, P)`, padded on the right.
             max_new_tokens: most tokens to draw in a row.
-            prompt_lengths: length of each prompt, int64 `(S,)`, from 1 to P; P for all when None.
+            prompt_lengths: length of each prompt, int64 `(N,)`, from 1 to P; P for all when None.
+            responses_per_prompt: rows drawn for every prompt, one after the other: S = N · this. With the cache, what
+                all prompts have in common in length is read once a prompt and not once a row.
             end_token: token that ends a row. It counts as an action. None: every row gets `max_new_tokens`.
             pad_token: token written after a row has ended.
             temperature: logits are divided by it; 0 takes the most probable token.
@@ -179,6 +182,7 @@ class CausalTransformer(CategoricalPolicy):
             ValueError: a shape, length, token or temperature is out of range, or the context is too short.
         """
         checks.require_at_least("max_new_tokens", max_new_tokens, 1)
+        checks.require_at_least("responses_per_prompt", responses_per_prompt, 1)
         checks.require_at_least("temperature", temperature, 0)
         lengths = check_prompts(prompts, prompt_lengths, self.vocabulary_size, self.head.weight)
         for name, token in [("pad_token", pad_token), ("end_token", 0 if end_token is None else end_token)]:
@@ -195,6 +199,8 @@ class CausalTransformer(CategoricalPolicy):
         inside = torch.arange(longest, device=device) < lengths[:, None]
         tokens = torch.full((len(prompts), total), pad_token, device=device)
         tokens[:, :longest] = prompts[:, :longest].where(inside, pad_token)
+        tokens = tokens.repeat_interleave(responses_per_prompt, dim=0)  # (S, total)
+        lengths = lengths.repeat_interleave(responses_per_prompt)
         mask = torch.zeros_like(tokens, dtype=torch.bool)
         log_probs = torch.zeros_like(tokens, dtype=dtype)
         last = lengths + max_new_tokens  # where a row stops; its end token brings that forward
@@ -205,7 +211,10 @@ class CausalTransformer(CategoricalPolicy):
         for position in range(first, total):
             # With a cache: first the part that lies inside every prompt, then one token at a time.
             start = 0 if cache is None or position == first else position - 1
-            logits = self.head(self._hidden(tokens[:, start:position], cache, start)[:, -1])  # (S, V)
+            copies = responses_per_prompt if cache is not None and position == first else 1
+            logits = self.head(self._hidden(tokens[::copies, start:position], cache, start)[:, -1])  # (S, V)
+            if cache is not None and copies > 1:  # every row goes its own way from here
+                logits, cache = logits.repeat_interleave(copies, dim=0), cache.repeat_interleave(copies, dim=2)
             all_log_probs = tempered_log_probs(logits, temperature)
             drawn = torch.multinomial(all_log_probs.exp(), 1, generator=generator)  # (S, 1)
             acting = (lengths <= position) & (position < last)
