@@ -23,6 +23,8 @@ from isopo_mini import checks
 
 # Entries of the two (positions × positions) blocks that `ghost` holds at once: 2²⁰ floats are 4 MB each.
 GHOST_BLOCK = 2**20
+# Eight or eleven bits of mantissa are too few for sums as long as an inner product of gradients.
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,8 @@ def per_sequence_gradients(
 
 def inner_products(gradients: Float[Tensor, "S ..."]) -> Float[Tensor, "S S"]:
     """K = G Gᵀ with every sequence's gradient flattened to one row. At least single precision."""
-    flat = gradients.flatten(1)
-    if flat.dtype in (
-        torch.float16,
-        torch.bfloat16,
-    ):  # eight bits of mantissa are too few for a sum this long
+    flat = gradients if gradients.ndim == 2 else gradients.flatten(1)
+    if flat.dtype in HALF_PRECISION:
         flat = flat.float()
     return flat @ flat.T
 

@@ -61,6 +61,8 @@ class MatrixGradients:
     @property
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """The uses, those of a kind joined along time: a weight used twice is used on twice as many positions."""
+        if len(self.lefts) == 1:
+            return [(self.lefts[0], self.rights[0])]
         joined = []
         for indexed in (False, True):
             chosen = [use for use in zip(self.lefts, self.rights, strict=True) if indexed != use[0].is_floating_point()]
@@ -77,7 +79,10 @@ class MatrixGradients:
         if self.formed is None:
             for left, right in self.pairs:
                 memory = workspace.take((right.shape[0], self.rows, self.columns), right)
-                gradients = grams.per_sequence_gradients(left, right, self.rows, out=memory)
+                if left.is_floating_point():
+                    gradients = torch.bmm(left.transpose(1, 2), right, out=memory)
+                else:
+                    gradients = grams.per_sequence_gradients(left, right, self.rows, out=memory)
                 self.formed = gradients if self.formed is None else self.formed.add_(gradients)
         assert self.formed is not None
         return self.formed
