@@ -50,7 +50,8 @@ def replay(episodes: Episodes, episode: int, max_steps: int) -> tuple[np.ndarray
     seen, total, terminated, truncated = [], 0.0, False, False
     current = episodes.observations[episode, 0].numpy()
     for action in episodes.actions[episode, episodes.mask[episode]].tolist():
-        assert not (terminated or truncated), "the episode went on after its end"
+        assert not terminated, "the episode went on after its end"
+        assert not truncated, "the episode went on after its time"
         seen.append(current)
         current, reward, terminated, truncated, _ = environment.step(action)
         total += float(reward)
