@@ -4,64 +4,64 @@ Every rule has `step(policy, batch, optimizer)`: it leaves minus its ascent dire
 step, and returns metrics under the same names:
 
 - `backward_passes`: in units of the batch;
-- `gradient_norm`: Euclidean norm of what was left in `.grad`.
+- `gradient_norm`: Euclidean norm of what was left in `.grad`;
+- `cg_iterations`: products with F, of the rules that solve by conjugate gradients.
 
-All directions are means over the S sequences of the batch, (1/S) Σ_s c_s ∇ log π(sequence s).
+All directions are means over the N units of the batch, (1/N) Σ_n c_n ∇ log π(unit n). The unit is a sequence unless
+`unit=` says "step" or "token"; see `rule_parts`. The rules of the π_old family, which are to be had from here too, are
+in `old_policy_rules`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from isopo_mini import checks
 from isopo_mini.batch import Batch
 from isopo_mini.geometry import fisher as fisher_matrices
 from isopo_mini.geometry import isopo, natural_gradient
 from isopo_mini.geometry.layerwise import NTK, FisherNormalized, Isopo, Transform
-from isopo_mini.objectives.advantages import group_advantages, leave_one_out
-from isopo_mini.training import diagnostics
-
-Advantages = Callable[[Batch], Tensor]
-
-
-def batch_advantages(batch: Batch) -> Float[Tensor, "S"]:
-    """A_s = R_s − mean of the other rewards of the batch. Rewards given by time step are summed first."""
-    returns = batch.total_rewards()
-    return leave_one_out(returns, torch.zeros(len(batch), dtype=torch.int64, device=returns.device))
-
-
-def centred_advantages(batch: Batch) -> Float[Tensor, "S"]:
-    """A_s = R_s − mean of its group (of the batch, where there are no groups)."""
-    groups = torch.zeros_like(batch.actions[:, 0]) if batch.groups is None else batch.groups
-    return group_advantages(batch.total_rewards(), groups, scale="none")
+from isopo_mini.training.old_policy_rules import ClippedSurrogate as ClippedSurrogate
+from isopo_mini.training.old_policy_rules import TrustRegion as TrustRegion
+from isopo_mini.training.rule_parts import (
+    UNITS,
+    Advantages,
+    accumulate,
+    assign_gradient,
+    batch_advantages,
+    cut,
+    finish,
+    weigh,
+)
+from isopo_mini.training.rule_parts import centred_advantages as centred_advantages
+from isopo_mini.training.rule_parts import standardised_advantages as standardised_advantages
 
 
 @dataclass
 class Reinforce:
-    """(1/S) Σ_s A_s g_s, one step a batch: the policy gradient of Williams (1992).
+    """(1/N) Σ_n A_n g_n, one step a batch: the policy gradient of Williams (1992).
 
     Args:
-        advantages: computes A `(S,)` from the batch.
-        microbatch_size: sequences in one backward pass; the whole batch when None. It changes memory, not the result.
+        advantages: computes A from the batch, `(S,)`; for the units "step" and "token" it may be `(S, T)`.
+        microbatch_size: sequences (steps, for that unit) in one backward pass; the whole batch when None. It changes
+            memory, not the result.
+        unit: what the mean is over, `"sequence"`, `"step"` or `"token"`.
     """
 
     advantages: Advantages = batch_advantages
     microbatch_size: int | None = None
+    unit: str = "sequence"
+
+    def __post_init__(self) -> None:
+        checks.require_choice("unit", self.unit, UNITS)
 
     def step(self, policy: Any, batch: Batch, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """Use the batch once; see the module."""
-        weights = _advantages_of(self.advantages, batch) / len(batch)
+        units, weights, _ = weigh(self.advantages, batch, self.unit)
         optimizer.zero_grad()
-        start = 0
-        for part in batch.microbatches(self.microbatch_size):
-            log_probs = policy.log_prob(part).sum(dim=1)  # (S,) log π of whole sequences
-            (-(weights[start : start + len(part)] * log_probs).sum()).backward()
-            start += len(part)
-        return _finish(policy, optimizer)
+        accumulate(policy, units, weights, self.microbatch_size)
+        return finish(policy, optimizer)
 
 
 @dataclass
@@ -69,14 +69,15 @@ class NaturalGradient:
     """(F + λI)⁻¹ times the policy gradient: what all the others approximate. For policies small enough.
 
     Args:
-        damping: λ, in the units of F (per sequence).
+        damping: λ, in the units of F (per unit, so per sequence by default).
         fisher: `"exact"`: expectation over the policy's own actions at the observations of the batch;
-            `"empirical"`: over the sampled actions, SᵀS/S.
+            `"empirical"`: over the sampled actions, SᵀS/N.
         solver: `"dense"`: form F and factor it; `"cg"`: conjugate gradients on Fisher-vector products (exact F);
-            `"dual"`: through the S×S Gram matrix (empirical F).
+            `"dual"`: through the N×N Gram matrix (empirical F).
         max_iterations: of the conjugate gradients.
         tolerance: of the conjugate gradients, relative residual.
-        advantages: computes A `(S,)` from the batch.
+        advantages: computes A from the batch, `(S,)`; for the units "step" and "token" it may be `(S, T)`.
+        unit: what g and F are means over, `"sequence"`, `"step"` or `"token"`.
 
     Raises:
         ValueError: a negative damping, an unknown option, or a solver that does not fit the Fisher matrix.
@@ -88,19 +89,24 @@ class NaturalGradient:
     max_iterations: int = 100
     tolerance: float = 1e-6
     advantages: Advantages = batch_advantages
+    unit: str = "sequence"
 
     def __post_init__(self) -> None:
         checks.require_at_least("damping", self.damping, 0.0)
         checks.require_choice("fisher", self.fisher, ("exact", "empirical"))
         checks.require_choice("solver", self.solver, ("dense", "cg") if self.fisher == "exact" else ("dense", "dual"))
+        checks.require_choice("unit", self.unit, UNITS)
 
     def step(self, policy: Any, batch: Batch, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        """Use the batch once; see the module. The metric `cg_iterations` counts Fisher-vector products."""
-        advantages = _advantages_of(self.advantages, batch)
+        """Use the batch once; see the module.
+
+        Each product with F counts as a backward pass. What it takes to form F is not counted: compare seconds.
+        """
+        batch, advantages = cut(self.advantages, batch, self.unit)
         optimizer.zero_grad()
         scores = fisher_matrices.score_matrix(policy, batch.observations, batch.actions, batch.mask)
         gradient = scores.T @ advantages.to(scores.dtype) / len(batch)
-        metrics = {}
+        metrics: dict[str, float] = {}
         if self.solver == "dual":
             direction = natural_gradient.solve_dual(scores, advantages.to(scores.dtype), self.damping)
         elif self.solver == "cg":
@@ -122,7 +128,7 @@ class NaturalGradient:
             )
             direction = natural_gradient.solve(matrix, gradient, self.damping)
         assign_gradient(policy, -direction)
-        return metrics | _finish(policy, optimizer)
+        return metrics | finish(policy, optimizer, 1.0 + metrics.get("cg_iterations", 0.0))
 
 
 @dataclass
@@ -131,12 +137,15 @@ class LayerwiseIsopo:
 
     Args:
         transform: from the layer's gradients and A to coefficients.
-        advantages: computes A `(S,)` from the batch.
-        microbatch_size: each microbatch is transformed on its own, then all are summed; the whole batch when None.
+        advantages: computes A from the batch, `(S,)`; for the units "step" and "token" it may be `(S, T)`.
+        microbatch_size: units in a microbatch. Each is transformed on its own, then all are summed; the whole batch
+            when None.
         gram: `"auto"`, `"dense"`, `"ghost"` or `"sketched"`.
         sketch_size: k of the sketched Gram matrix.
         layers: `"separate"`, or `"together"` for one set of coefficients for the whole policy.
         seed: of sketches and sampled tokens.
+        unit: what has one gradient, one row of K and one coefficient: `"sequence"`, `"step"` or `"token"`. With tokens
+            each token's context is computed again for it, T times the cost of a step.
     """
 
     transform: Transform
@@ -146,19 +155,24 @@ class LayerwiseIsopo:
     sketch_size: int = 32
     layers: str = "separate"
     seed: int = 0
+    unit: str = "sequence"
     _engine: Isopo | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        checks.require_choice("unit", self.unit, UNITS)
 
     def step(self, policy: Any, batch: Batch, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """Use the batch once; see the module."""
-        weights = _advantages_of(self.advantages, batch) / len(batch)
+        units, advantages = cut(self.advantages, batch, self.unit)
+        weights = advantages / len(units)
         engine = self._engine_of(policy)
         optimizer.zero_grad()
         start = 0
-        for part in batch.microbatches(self.microbatch_size):
+        for part in units.microbatches(self.microbatch_size):
             with engine.microbatch(weights[start : start + len(part)], part.mask):
                 (-policy.log_prob(part).sum()).backward()
             start += len(part)
-        metrics = _finish(policy, optimizer)
+        metrics = finish(policy, optimizer)
         engine.end_step()
         return metrics
 
@@ -218,47 +232,24 @@ class ExactFisherIsopo:
 
     Args:
         power: of the norm.
-        advantages: computes A `(S,)` from the batch.
+        advantages: computes A from the batch, `(S,)`; for the units "step" and "token" it may be `(S, T)`.
+        unit: what is normalised, `"sequence"`, `"step"` or `"token"`.
     """
 
     power: float = 1.0
     advantages: Advantages = batch_advantages
+    unit: str = "sequence"
+
+    def __post_init__(self) -> None:
+        checks.require_choice("unit", self.unit, UNITS)
 
     def step(self, policy: Any, batch: Batch, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        """Use the batch once; see the module."""
+        """Use the batch once; see the module. What it takes to form F is not counted as backward passes."""
+        batch, advantages = cut(self.advantages, batch, self.unit)
         optimizer.zero_grad()
         scores = fisher_matrices.score_matrix(policy, batch.observations, batch.actions, batch.mask)
         matrix = fisher_matrices.exact_fisher(policy, batch.observations, mask=batch.mask)
         norms = isopo.exact_fisher_norms(scores, matrix)
-        advantages = _advantages_of(self.advantages, batch).to(scores.dtype)
-        coefficients = isopo.normalized_coefficients(norms, advantages, self.power)
+        coefficients = isopo.normalized_coefficients(norms, advantages.to(scores.dtype), self.power)
         assign_gradient(policy, -(scores.T @ coefficients) / len(batch))
-        return _finish(policy, optimizer)
-
-
-def assign_gradient(policy: torch.nn.Module, gradient: Float[Tensor, "P"]) -> None:
-    """Write a flat vector into `.grad`, in `policy.parameters()` order; the inverse of `diagnostics.flat_gradient`.
-
-    Raises:
-        ValueError: the length is not the number of trainable parameters.
-    """
-    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    sizes = [parameter.numel() for parameter in trainable]
-    checks.require_shape("gradient", gradient, "P", {"P": sum(sizes)})
-    for parameter, part in zip(trainable, gradient.split(sizes), strict=True):
-        parameter.grad = part.view_as(parameter).to(parameter.dtype).clone()
-
-
-def _advantages_of(function: Advantages, batch: Batch) -> Float[Tensor, "S"]:
-    """A `(S,)`, checked: a wrong shape here would broadcast silently later."""
-    advantages = function(batch)
-    checks.require_shape("advantages(batch)", advantages, "S", {"S": len(batch)})
-    checks.require_finite("advantages(batch)", advantages)
-    return advantages.detach()
-
-
-def _finish(policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Let the optimizer step, and report."""
-    norm = diagnostics.flat_gradient(policy).norm().item()
-    optimizer.step()
-    return {"backward_passes": 1.0, "gradient_norm": norm}
+        return finish(policy, optimizer)
