@@ -233,7 +233,10 @@ def make_task(spec: str) -> TokenTask:
         if not (key and equals and value):
             raise ValueError(f"task: expected options written as name=value, got {part!r}")
         options[key] = int(value) if value.isdecimal() else value
-    return TASKS[name](**options)
+    try:
+        return TASKS[name](**options)
+    except TypeError as error:
+        raise TypeError(f"task: {name} has no option like that in {spec!r}: {error}") from error
 
 
 def _read(digits: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ every seed and every library version.
 import argparse
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from isopo_mini import checks
@@ -32,13 +33,14 @@ def supervised_warm_start(
 ) -> dict[str, float]:
     """Train the policy in place on right answers until `task.evaluate` says that it has the accuracy.
 
-    Minimises −mean over tokens of log π(answer token | prompt, answer so far) with AdamW, on fresh prompts.
+    Minimises −mean over tokens of log π(answer token | prompt, answer so far) with AdamW, on fresh prompts. The last
+    step is shortened until it only just reaches the accuracy: near 20 % a whole step is worth several percent.
 
     Args:
         policy: its parameters are changed.
         task: gives prompts, answers and the evaluation.
         until_accuracy: sampled accuracy at temperature 1 at which to stop, above 0 and at most 1.
-        learning_rate: of AdamW. A smaller one stops closer to the accuracy asked for.
+        learning_rate: of AdamW.
         batch_size: prompts a step.
         max_steps: give up after so many.
         generator: source of the prompts, on the policy's device; torch's global one when None.
@@ -66,14 +68,33 @@ def supervised_warm_start(
         log_probs = policy.log_prob(batch)
         optimizer.zero_grad()
         (-log_probs.sum() / batch.mask.sum()).backward()
+        before = [parameter.detach().clone() for parameter in policy.parameters()]
         optimizer.step()
         # The batch says for nothing how often the policy is right about it; only near the goal is it evaluated.
-        if log_probs.detach().sum(dim=1).exp().mean().item() >= until_accuracy / 2:
-            result = task.evaluate(policy)
-            if result["return"] >= until_accuracy:
-                return {"steps": float(step), **result}
+        near = log_probs.detach().sum(dim=1).exp().mean().item() >= until_accuracy / 2
+        if near and task.evaluate(policy)["return"] >= until_accuracy:
+            return {"steps": float(step), **_shorten_step(policy, task, before, until_accuracy)}
     reached = task.evaluate(policy)["return"]
     raise RuntimeError(f"until_accuracy: expected {until_accuracy} within max_steps={max_steps}, reached {reached:.3f}")
+
+
+@torch.no_grad()
+def _shorten_step(
+    policy: CausalTransformer, task: TokenTask, before: list[Tensor], until_accuracy: float
+) -> dict[str, float]:
+    """Move the policy back towards its parameters `before`, by bisection; return what `task.evaluate` says there."""
+    after = [parameter.clone() for parameter in policy.parameters()]
+
+    def at(share: float) -> dict[str, float]:
+        for parameter, start, end in zip(policy.parameters(), before, after, strict=True):
+            parameter.copy_(torch.lerp(start, end, share))
+        return task.evaluate(policy)
+
+    low, high = 0.0, 1.0
+    for _ in range(8):
+        middle = (low + high) / 2
+        low, high = (low, middle) if at(middle)["return"] >= until_accuracy else (middle, high)
+    return at(high)
 
 
 def main(arguments: list[str] | None = None) -> None:
