@@ -61,6 +61,29 @@ def test_cache_gives_the_same_tokens(
     assert with_cache.log_probs.dtype == dtype
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("lengths", [None, torch.tensor([3, 4, 1])])
+def test_responses_to_one_prompt_are_rows_of_a_repeated_prompt(use_cache: bool, lengths: Tensor | None) -> None:
+    """Reading a prompt once gives what reading it in every row gives."""
+    policy, prompts = small(), tokens_of(3, 4)
+    options = {"end_token": 2, "use_cache": use_cache}
+    once = policy.sample(
+        prompts, 6, lengths, responses_per_prompt=5, generator=torch.Generator().manual_seed(3), **options
+    )
+    repeated = policy.sample(
+        prompts.repeat_interleave(5, dim=0),
+        6,
+        None if lengths is None else lengths.repeat_interleave(5),
+        generator=torch.Generator().manual_seed(3),
+        **options,
+    )
+    assert torch.equal(once.observations, repeated.observations)
+    assert torch.equal(once.actions, repeated.actions)
+    assert torch.equal(once.mask, repeated.mask)
+    torch.testing.assert_close(once.log_probs, repeated.log_probs, rtol=0, atol=1e-11)
+    assert len({tuple(row.tolist()) for row in once.actions}) > 3  # rows of one prompt do differ
+
+
 @given(
     seed=st.integers(0, 1000),
     lengths=st.lists(st.integers(1, 4), min_size=1, max_size=5),
@@ -205,6 +228,7 @@ class TestErrors:
             ({"prompt_lengths": torch.tensor([1, 4])}, ValueError, r"expected 1 to P=3, got \[1, 4\]"),
             ({"prompt_lengths": torch.tensor([0, 3])}, ValueError, r"expected 1 to P=3, got \[0, 3\]"),
             ({"max_new_tokens": 0}, ValueError, "max_new_tokens: expected a finite number >= 1, got 0"),
+            ({"responses_per_prompt": 0}, ValueError, "responses_per_prompt: expected a finite number >= 1, got 0"),
             ({"temperature": -1.0}, ValueError, "temperature: expected a finite number >= 0, got -1"),
             ({"end_token": 7}, ValueError, "end_token: expected a token from 0 to 6, got 7"),
             ({"pad_token": -1}, ValueError, "pad_token: expected a token from 0 to 6, got -1"),
