@@ -138,7 +138,7 @@ class ClippedSurrogate:
 class TrustRegion:
     """TRPO: the natural gradient, as long as the KL allows, then shorter until the step is seen to be good.
 
-    x = (F + λI)⁻¹g by conjugate gradients;  step √(2δ / xᵀFx) · x, for which ½dᵀFd = δ;  halved until
+    x = (F + λI)⁻¹g by conjugate gradients;  step √(2δ / xᵀFx) · x, for which ½dᵀFd = δ;  shortened until
     KL(before ‖ after) ≤ δ and the surrogate Σ A (r − 1) has grown. When no trial passes, the policy stays as it is.
 
     The rule sets the parameters itself. The optimizer is not asked to step, and its learning rate has no meaning here.
@@ -167,7 +167,7 @@ class TrustRegion:
     max_iterations: int = 10
     tolerance: float = 1e-6
     trials: int = 10
-    shrink: float = 0.5
+    shrink: float = 0.8
     advantages: Advantages = batch_advantages
     unit: str = "sequence"
 
