@@ -1,11 +1,16 @@
-"""How fast policies act: steps of CartPole a second, and their share that the environment alone would take.
+"""How fast policies act: steps of CartPole and tokens a second.
 
     python benchmarks/rollout.py [--device cuda] [--rounds 5] [--threads 1] [--out results/rollout.csv]
 
+The first table: steps of CartPole, and the share of the time that the environment alone would take.
 A step is counted when it belongs to an episode that was asked for: what an environment does after its episode has
 ended, while the others still run, takes time and is not counted. The clock covers all of `CartPole.sample`: making
 the environments, acting, and putting the episodes together. One thread is the default because the matrices are small:
 with more, threads wait for each other.
+
+The second table, written beside the first as `..._tokens.csv`: tokens that a transformer draws a second, when it keeps
+the keys and values of earlier tokens and when it computes them again for every token. All sequences go on to the last
+token. "addition" is a batch of `tasks.tokens.Addition`, whose groups of 8 share a prompt.
 """
 
 import argparse
@@ -17,13 +22,17 @@ import gymnasium
 import numpy as np
 import pandas as pd
 import torch
-from timing import rounds_of
+from timing import ratio, rounds_of
 
-from isopo_mini.policies import MLP
-from isopo_mini.tasks import CartPole
+from isopo_mini.policies import MLP, CausalTransformer
+from isopo_mini.tasks import Addition, CartPole
 from isopo_mini.training.provenance import provenance, write_table
 
 ENVIRONMENTS = (32, 1024)
+# prompts, responses to each, tokens of a prompt, new tokens, width, layers
+ADDITION = (32, 8, Addition(2).prompt_length, Addition(2).answer_length, 64, 2)
+CPU_TOKENS = {"addition": ADDITION, "long responses": (64, 1, 16, 112, 64, 2)}
+GPU_TOKENS = CPU_TOKENS | {"long responses, wider": (64, 1, 64, 448, 512, 4)}
 
 
 def new_policy(device: torch.device) -> MLP:
@@ -78,6 +87,33 @@ def measure(name: str, policy: MLP, environments: int, rounds: int, device: torc
     }
 
 
+def measure_tokens(
+    name: str, setting: tuple[int, int, int, int, int, int], rounds: int, device: torch.device
+) -> dict[str, object]:
+    """One row of the second table."""
+    prompts, responses, prompt_length, new_tokens, width, layers = setting
+    torch.manual_seed(0)
+    policy = CausalTransformer(19, prompt_length + new_tokens, width, layers, 4).to(device)
+    tokens = torch.randint(19, (prompts, prompt_length), device=device)
+
+    def draw(use_cache: bool) -> Callable[[], object]:
+        return lambda: policy.sample(tokens, new_tokens, responses_per_prompt=responses, use_cache=use_cache)
+
+    seconds = rounds_of({"cache": draw(True), "none": draw(False)}, rounds, device, name)
+    drawn = prompts * responses * new_tokens
+    return {
+        "what": name,
+        "sequences": prompts * responses,
+        "prompt": prompt_length,
+        "new tokens": new_tokens,
+        "d": width,
+        "layers": layers,
+        "tokens/s": round(drawn / median(seconds["cache"])),
+        "without cache": round(drawn / median(seconds["none"])),
+        "speed-up": round(ratio(seconds, "none", "cache"), 2),
+    }
+
+
 def main() -> None:
     """Measure, print, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -96,8 +132,13 @@ def main() -> None:
     ]
     table = pd.DataFrame(rows)
     print(table.to_string(index=False))
+    settings = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
+    tokens = pd.DataFrame([measure_tokens(name, row, options.rounds, device) for name, row in settings.items()])
+    print(tokens.to_string(index=False))
     if options.out:
-        write_table(options.out, table, provenance(device, rounds=options.rounds, statistic="median"))
+        record = provenance(device, rounds=options.rounds, statistic="median")
+        write_table(options.out, table, record)
+        write_table(options.out.with_stem(f"{options.out.stem}_tokens"), tokens, record)
 
 
 if __name__ == "__main__":

@@ -164,8 +164,8 @@ class CausalTransformer(CategoricalPolicy):
             prompts: tokens, int64 `(N, P)`, padded on the right.
             max_new_tokens: most tokens to draw in a row.
             prompt_lengths: length of each prompt, int64 `(N,)`, from 1 to P; P for all when None.
-            responses_per_prompt: rows drawn for every prompt, one after the other: S = N · this. With the cache, what
-                all prompts have in common in length is read once a prompt and not once a row.
+            responses_per_prompt: rows for every prompt, one after the other, so that S = N · this. With the cache, a
+                prompt is read once, up to the length of the shortest of all, and not in every row.
             end_token: token that ends a row. It counts as an action. None: every row gets `max_new_tokens`.
             pad_token: token written after a row has ended.
             temperature: logits are divided by it; 0 takes the most probable token.
