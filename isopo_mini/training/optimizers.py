@@ -78,7 +78,7 @@ def make_optimizer(name: str, policy: nn.Module, learning_rate: float) -> torch.
     if name == "sgd":
         return torch.optim.SGD(trainable, lr=learning_rate)
     if name == "adamw":
-        return torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=0.0)
+        return torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=0.0, fused=True)
     matrices = hidden_matrices(policy)
     if not matrices:
         raise ValueError(
@@ -88,4 +88,4 @@ def make_optimizer(name: str, policy: nn.Module, learning_rate: float) -> torch.
     chosen = {id(parameter) for parameter in matrices}
     rest = [parameter for parameter in trainable if id(parameter) not in chosen]
     muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    return Together(muon, torch.optim.AdamW(rest, lr=learning_rate, weight_decay=0.0)) if rest else muon
+    return Together(muon, torch.optim.AdamW(rest, lr=learning_rate, weight_decay=0.0, fused=True)) if rest else muon
