@@ -50,6 +50,17 @@ CONTRACT: dict[str, str] = {
     "geometry.layerwise.FisherNormalized": "norm",
     "objectives.advantages.group_advantages": "rewards groups scale eps",
     "objectives.advantages.leave_one_out": "rewards groups",
+    "objectives.advantages.discounted_returns": "rewards mask discount bootstrap",
+    "objectives.advantages.gae": "rewards values mask discount trace_decay bootstrap",
+    "objectives.losses.reinforce": "log_probs old_log_probs advantages mask aggregate",
+    "objectives.losses.ppo": "log_probs old_log_probs advantages mask clip_low clip_high aggregate",
+    "objectives.losses.grpo": "log_probs old_log_probs advantages mask clip_low clip_high aggregate",
+    "objectives.losses.dr_grpo": "log_probs old_log_probs advantages mask clip_low clip_high aggregate",
+    "objectives.losses.dapo": "log_probs old_log_probs advantages mask clip_low clip_high aggregate",
+    "objectives.losses.gspo": "log_probs old_log_probs advantages mask clip_low clip_high aggregate",
+    "objectives.losses.cispo": "log_probs old_log_probs advantages mask clip_low clip_high aggregate",
+    "objectives.losses.copg": "log_probs old_log_probs advantages mask clip_low clip_high aggregate",
+    "objectives.kl.estimate": "log_probs reference_log_probs kind",
     "objectives.values.fitted_values": "batch discount",
     "objectives.values.episode_advantages": "discount trace_decay",
     "tasks.bandit.ContextualBandit.sample": "self policy num_sequences generator",
@@ -65,7 +76,16 @@ CONTRACT: dict[str, str] = {
     "training.update_rules.NtkIsopo.step": "self policy batch optimizer",
     "training.update_rules.FisherNormalizedIsopo.step": "self policy batch optimizer",
     "training.update_rules.ExactFisherIsopo.step": "self policy batch optimizer",
+    "training.update_rules.ClippedSurrogate.step": "self policy batch optimizer",
+    "training.update_rules.TrustRegion.step": "self policy batch optimizer",
     "training.loop.train": "policy task rule optimizer steps seed",
+    "training.optimizers.make_optimizer": "name policy learning_rate",
+    "training.runs.Run": "task rule learning_rate seed",
+    "training.runs.run": "settings",
+    "training.records.load_records": "folder",
+    "training.records.as_table": "records",
+    "training.records.curves": "records",
+    "training.records.summary": "records",
 }
 
 DEFAULTS = {
@@ -145,7 +165,10 @@ def test_what_comes_back_has_the_shape_of_the_contract() -> None:
         assert way(left, right, *extra).shape == (n, n)
 
 
-@pytest.mark.parametrize("rule", ["Reinforce", "NaturalGradient", "NtkIsopo", "FisherNormalizedIsopo"])
+@pytest.mark.parametrize(
+    "rule",
+    ["Reinforce", "NaturalGradient", "NtkIsopo", "FisherNormalizedIsopo", "ClippedSurrogate", "TrustRegion"],
+)
 def test_a_rule_runs_with_its_defaults_and_training_returns_one_row_an_iteration(rule: str) -> None:
     policy = TabularSoftmax(2, 3)
     table = training.loop.train(

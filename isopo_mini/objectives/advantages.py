@@ -133,7 +133,7 @@ def gae(
         ValueError: shapes disagree, a number that counts is not finite, or a factor is not in [0, 1].
 
     Source: Schulman et al., *High-dimensional continuous control using generalized advantage estimation*,
-        arXiv 1506.02438, equation 16.
+    arXiv 1506.02438, equation 16.
     """
     sizes = checks.require_shape("rewards", rewards, "S T")
     checks.require_not_empty("rewards", rewards)

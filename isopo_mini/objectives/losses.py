@@ -55,7 +55,7 @@ def reinforce(
         ValueError: shapes disagree, a number that counts is not finite, a sequence has no token, or an option is bad.
 
     Source: R. J. Williams, *Simple statistical gradient-following algorithms for connectionist reinforcement
-        learning*, Machine Learning 8 (1992).
+    learning*, Machine Learning 8 (1992).
     """
     log_probs, old_log_probs, advantages = prepared(log_probs, old_log_probs, advantages, mask)
     loss = aggregate_tokens(-advantages * log_probs, mask, aggregate, max_length)
@@ -70,9 +70,9 @@ def ppo(
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
-    dual_clip: float | None = None,
     aggregate: str = "token-mean",
     max_length: int | None = None,
+    dual_clip: float | None = None,
 ) -> Loss:
     """−min(rA, clip(r, 1 − ε_l, 1 + ε_h) A). Arguments, returns and errors not listed here: see `reinforce`.
 
@@ -85,7 +85,7 @@ def ppo(
         dual_clip: c > 1. For A < 0 the loss is then at most −cA, however large r: verl does so with 3. Off when None.
 
     Source: Schulman et al., *Proximal policy optimization algorithms*, arXiv 1707.06347, equation 7 (one ε). The dual
-        clip: Ye et al., *Mastering complex control in MOBA games with deep reinforcement learning*, arXiv 1912.09729.
+    clip: Ye et al., *Mastering complex control in MOBA games with deep reinforcement learning*, arXiv 1912.09729.
     """
     options = clip_low, clip_high, aggregate, max_length, dual_clip
     return _token_clip(log_probs, old_log_probs, advantages, mask, *options)
@@ -185,9 +185,9 @@ def cispo(
     *,
     clip_low: float = 0.2,
     clip_high: float | None = None,
-    dialect: str = "verl",
     aggregate: str = "token-mean",
     max_length: int | None = None,
+    dialect: str = "verl",
 ) -> Loss:
     """−sg[clamp(r)] A log π: the weight is clipped, so no token loses its gradient. Its advantages are GRPO's.
 
@@ -224,7 +224,7 @@ def copg(
     """−min(log π · A, [log π_old + log clip(r, 1 − ε_l, 1 + ε_h)] A): PPO's clip, but a token weighs A and not rA.
 
     Source: Markowitz and Staley, *Clipped-objective policy gradients for pessimistic policy optimization*,
-        arXiv 2311.05846.
+    arXiv 2311.05846.
     """
     _require_clips(clip_low, clip_high)
     log_probs, old_log_probs, advantages = prepared(log_probs, old_log_probs, advantages, mask)

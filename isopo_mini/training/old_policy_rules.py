@@ -41,9 +41,9 @@ _DEFINED_ADVANTAGES: dict[str, Advantages] = {
 class ClippedSurrogate:
     """Several optimizer steps a batch on a loss of the π_old family; log π_old is `batch.log_probs`.
 
-    With one epoch and one minibatch the ratio is 1 throughout, and every loss is REINFORCE. The metrics `ratio_mean`,
-    `clip_fraction` and `kl_old` are means over the optimizer steps, each measured before its step; `gradient_norm` is
-    that of the last step.
+    With one epoch and one minibatch the ratio is 1, and every loss has the gradient of REINFORCE with its advantages
+    and its aggregate. The metrics `ratio_mean`, `clip_fraction` and `kl_old` are means over the optimizer steps, each
+    measured before its step; `gradient_norm` is that of the last step.
 
     Args:
         loss: a name of `objectives.losses.LOSSES`, or a function with their signature.
@@ -159,7 +159,7 @@ class TrustRegion:
         ValueError: an option is out of range.
 
     Source: Schulman et al., *Trust region policy optimization*, arXiv 1502.05477, section 6 and appendix C. There the
-        averages are over state-action pairs, which is the unit "step" here.
+    averages are over state-action pairs, which is the unit "step" here.
     """
 
     max_kl: float = 0.01

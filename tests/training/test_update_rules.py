@@ -1,4 +1,4 @@
-"""One suite over all rules, then what is special to each."""
+"""One suite over all rules, then what is special to those of one step without an old policy."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +13,13 @@ from isopo_mini.tasks.bandit import ContextualBandit
 from isopo_mini.training import diagnostics
 from isopo_mini.training.loop import train
 from isopo_mini.training.update_rules import (
+    ClippedSurrogate,
     ExactFisherIsopo,
     FisherNormalizedIsopo,
     NaturalGradient,
     NtkIsopo,
     Reinforce,
+    TrustRegion,
     assign_gradient,
     batch_advantages,
     centred_advantages,
@@ -37,7 +39,24 @@ RULES: dict[str, Callable[[], Any]] = {
     "ISOPO (Fisher)": FisherNormalizedIsopo,
     "ISOPO (Fisher), tokens": lambda: FisherNormalizedIsopo("token"),
     "ISOPO (Fisher), exact": ExactFisherIsopo,
+    "PPO": ClippedSurrogate,
+    "PPO, epochs and minibatches": lambda: ClippedSurrogate("ppo", epochs=2, minibatches=3),
+    "GRPO": lambda: ClippedSurrogate("grpo", epochs=4),
+    "Dr. GRPO": lambda: ClippedSurrogate("dr_grpo", epochs=4),
+    "DAPO": lambda: ClippedSurrogate("dapo", epochs=4),
+    "GSPO": lambda: ClippedSurrogate("gspo", epochs=4, clip_low=0.2, clip_high=0.2),
+    "CISPO": lambda: ClippedSurrogate("cispo", epochs=4),
+    "CISPO, upper side only": lambda: ClippedSurrogate("cispo", epochs=4, dialect="trl"),
+    "COPG": lambda: ClippedSurrogate("copg", epochs=4),
+    "REINFORCE, batch reused": lambda: ClippedSurrogate("reinforce", epochs=2),
+    "TRPO": lambda: TrustRegion(damping=0.01),
 }
+
+
+# Every name that a rule may report. One thing has one name.
+METRICS = {"backward_passes", "gradient_norm", "cg_iterations"}
+METRICS |= {"ratio_mean", "clip_fraction", "kl_old"}  # of the clipped surrogates
+METRICS |= {"step_fraction", "kl_step", "surrogate_gain"}  # of the trust region
 
 
 def make_bandit(seed: int = 0) -> ContextualBandit:
@@ -59,6 +78,12 @@ def make_batch(policy: MLP, sequences: int = 16) -> Batch:
     return make_bandit().sample(policy, sequences, generator=torch.Generator().manual_seed(2))
 
 
+def expected_passes(rule: Any, metrics: dict[str, float]) -> float:
+    """One for the gradient, or one an epoch; and one for every product with F."""
+    products = metrics.get("cg_iterations", 0.0)
+    return getattr(rule, "epochs", 1) + products + isinstance(rule, TrustRegion)  # which measures xᵀFx as well
+
+
 def direction(rule: Any, policy: Any, batch: Batch) -> torch.Tensor:
     """The ascent direction: what plain gradient descent with step size 1 adds to the parameters."""
     before = torch.cat([p.detach().flatten() for p in policy.parameters()]).clone()
@@ -69,11 +94,29 @@ def direction(rule: Any, policy: Any, batch: Batch) -> torch.Tensor:
 @pytest.mark.parametrize("name", RULES)
 class TestEveryRule:
     def test_reports_the_common_metrics(self, name: str) -> None:
-        policy = make_policy()
-        metrics = RULES[name]().step(policy, make_batch(policy), torch.optim.SGD(policy.parameters(), lr=0.1))
-        assert metrics["backward_passes"] == 1.0 + metrics.get("cg_iterations", 0.0)
+        policy, rule = make_policy(), RULES[name]()
+        metrics = rule.step(policy, make_batch(policy), torch.optim.SGD(policy.parameters(), lr=0.1))
+        assert metrics.keys() <= METRICS
+        assert all(type(value) is float for value in metrics.values())
+        assert metrics["backward_passes"] == expected_passes(rule, metrics)
         assert metrics["gradient_norm"] == pytest.approx(diagnostics.flat_gradient(policy).norm().item())
         assert metrics["gradient_norm"] > 0
+
+    def test_every_gradient_has_the_shape_of_its_parameter(self, name: str) -> None:
+        policy = make_policy()
+        RULES[name]().step(policy, make_batch(policy), torch.optim.SGD(policy.parameters(), lr=0.1))
+        for parameter in policy.parameters():
+            assert parameter.grad is not None
+            assert parameter.grad.shape == parameter.shape
+            assert parameter.grad.dtype == parameter.dtype
+            assert torch.isfinite(parameter.grad).all()
+
+    def test_does_not_change_the_batch(self, name: str) -> None:
+        policy = make_policy()
+        batch, same = make_batch(policy), make_batch(policy)
+        direction(RULES[name](), policy, batch)
+        for field in ("observations", "actions", "mask", "rewards", "log_probs", "groups"):
+            assert torch.equal(getattr(batch, field), getattr(same, field))
 
     def test_is_deterministic(self, name: str) -> None:
         policy, other = make_policy(), make_policy()
@@ -92,9 +135,11 @@ class TestEveryRule:
         policy, bandit = make_policy(), make_bandit()
         before = bandit.evaluate(policy)["gap"]
         optimizer = torch.optim.Adam(policy.parameters(), lr=0.02)  # the rules differ in scale, Adam does not mind
-        table = train(policy, bandit, RULES[name](), optimizer, steps=50, seed=0, evaluate_every=50, progress=False)
+        rule = RULES[name]()
+        table = train(policy, bandit, rule, optimizer, steps=50, seed=0, evaluate_every=50, progress=False)
         assert table["gap"].iloc[-1] < 0.5 * before
-        assert table["backward_passes"].iloc[-1] == 50 + table.get("cg_iterations", 0 * table["step"]).sum()
+        passes = [expected_passes(rule, row) for row in table.to_dict("records")]
+        assert table["backward_passes"].iloc[-1] == sum(passes) >= 50
 
     def test_only_the_trainable_part_of_a_policy_moves(self, name: str) -> None:
         policy = make_policy()
