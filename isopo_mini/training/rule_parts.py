@@ -10,7 +10,7 @@ A *unit* is what one advantage and one coefficient belong to, and what a rule ta
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from isopo_mini import checks
@@ -99,6 +99,16 @@ def weigh(
         advantages = advantages_of(function, batch, by_position=by_position or unit == "token")
     units = int(batch.mask.sum()) if unit == "token" else len(batch)
     return batch, at_positions(advantages, batch) / units, units
+
+
+def spread_order(batch: Batch) -> Int[Tensor, "S"]:
+    """An order of the sequences in which the groups take turns: the first of each group, then the second of each, …
+
+    Consecutive microbatches then hold a few sequences of many groups, instead of a few whole groups.
+    """
+    groups = _groups(batch)
+    members_before = (groups[:, None] == groups[None, :]).tril(-1).sum(dim=1)
+    return members_before.argsort(stable=True)
 
 
 def accumulate(policy: torch.nn.Module, batch: Batch, weights: Float[Tensor, "S T"], size: int | None = None) -> None:

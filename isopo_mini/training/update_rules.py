@@ -32,6 +32,7 @@ from isopo_mini.training.rule_parts import (
     batch_advantages,
     cut,
     finish,
+    spread_order,
     weigh,
 )
 from isopo_mini.training.rule_parts import centred_advantages as centred_advantages
@@ -146,6 +147,8 @@ class LayerwiseIsopo:
         seed: of sketches and sampled tokens.
         unit: what has one gradient, one row of K and one coefficient: `"sequence"`, `"step"` or `"token"`. With tokens
             each token's context is computed again for it, T times the cost of a step.
+        spread: deal every group over the microbatches, instead of taking whole groups together. It decides which
+            sequences share a Gram matrix, and so the result.
     """
 
     transform: Transform
@@ -156,6 +159,7 @@ class LayerwiseIsopo:
     layers: str = "separate"
     seed: int = 0
     unit: str = "sequence"
+    spread: bool = False
     _engine: Isopo | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -165,6 +169,9 @@ class LayerwiseIsopo:
         """Use the batch once; see the module."""
         units, advantages = cut(self.advantages, batch, self.unit)
         weights = advantages / len(units)
+        if self.spread:
+            order = spread_order(units)
+            units, weights = units.select(order), weights[order]
         engine = self._engine_of(policy)
         optimizer.zero_grad()
         start = 0

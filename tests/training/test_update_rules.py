@@ -1,5 +1,6 @@
 """One suite over all rules, then what is special to those of one step without an old policy."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from isopo_mini.policies import MLP, CausalTransformer, TabularSoftmax
 from isopo_mini.tasks.bandit import ContextualBandit
 from isopo_mini.training import diagnostics
 from isopo_mini.training.loop import train
+from isopo_mini.training.rule_parts import spread_order
 from isopo_mini.training.update_rules import (
     ClippedSurrogate,
     ExactFisherIsopo,
@@ -257,3 +259,29 @@ def test_errors_say_what_was_expected_and_what_came() -> None:
         assign_gradient(policy, torch.zeros(3))
     with pytest.raises(ValueError, match=r"size: expected at least 1, got 0"):
         Reinforce(microbatch_size=0).step(policy, batch, optimizer)
+
+
+class TestSpread:
+    """Which sequences share a microbatch decides their coefficients."""
+
+    def batch(self, policy: MLP) -> Batch:
+        batch = make_batch(policy, 8)
+        return dataclasses.replace(batch, groups=torch.tensor([3, 3, 3, 5, 5, 9, 9, 9]))
+
+    def direction(self, batch: Batch, damping: float = 0.1, **options: Any) -> torch.Tensor:
+        rule = NtkIsopo(damping, advantages=centred_advantages, microbatch_size=3, **options)
+        return direction(rule, make_policy(), batch)
+
+    def test_groups_take_turns(self) -> None:
+        assert spread_order(self.batch(make_policy())).tolist() == [0, 3, 5, 1, 4, 6, 2, 7]
+
+    def test_it_is_the_batch_in_that_order(self) -> None:
+        batch = self.batch(make_policy())
+        by_hand = self.direction(batch.select(torch.tensor([0, 3, 5, 1, 4, 6, 2, 7])))
+        torch.testing.assert_close(self.direction(batch, spread=True), by_hand)
+        assert not torch.allclose(self.direction(batch), by_hand, rtol=1e-2)
+
+    def test_reinforce_is_the_same_in_any_order(self) -> None:
+        batch = self.batch(make_policy())
+        spread, together = (self.direction(batch, damping=1e9, spread=choice) for choice in (True, False))
+        torch.testing.assert_close(spread, together, rtol=1e-5, atol=1e-6)
