@@ -21,6 +21,7 @@ INTERNAL = {
     "isopo_mini.geometry.functional",
     "isopo_mini.geometry.handlers",
     "isopo_mini.geometry.layer_functions",
+    "isopo_mini.geometry.stand_in",
     "isopo_mini.geometry.layer_gradients",
     "isopo_mini.geometry.microbatch",
     "isopo_mini.geometry.parameter_gradients",

@@ -33,7 +33,7 @@ def tracked_files() -> list[str]:
 
 
 def texts() -> list[tuple[str, str]]:
-    names = [name for name in tracked_files() if name != THIS_FILE and not name.endswith(".png")]
+    names = [name for name in tracked_files() if name != THIS_FILE and not name.endswith((".png", ".safetensors"))]
     return [(name, (ROOT / name).read_text()) for name in names]
 
 

@@ -14,14 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isopo_mini.geometry.layer_functions import (
-    StandIn,
-    matrix_product,
-    register,
-    scale_and_shift,
-    shape_of,
-    table_lookup,
-)
+from isopo_mini.geometry.layer_functions import matrix_product, scale_and_shift, shape_of, table_lookup
+from isopo_mini.geometry.stand_in import StandIn, register
 
 
 @register(F.linear)

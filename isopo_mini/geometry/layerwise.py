@@ -26,17 +26,11 @@ from torch import Tensor
 
 from isopo_mini import checks
 from isopo_mini.geometry import handlers  # noqa: F401  (importing registers them)
-from isopo_mini.geometry.layer_functions import (
-    Tape,
-    UnhandledParameterError,
-    matrix_product,
-    register,
-    scale_and_shift,
-    table_lookup,
-)
+from isopo_mini.geometry.layer_functions import matrix_product, scale_and_shift, table_lookup
 from isopo_mini.geometry.layer_gradients import PATHS, LayerGradients, Resources
 from isopo_mini.geometry.microbatch import PAST_ITS_MODULE, LayerUses, Microbatch, Uses, layer_names, stand_ins
 from isopo_mini.geometry.parameter_gradients import Workspace
+from isopo_mini.geometry.stand_in import Tape, UnhandledParameterError, register
 from isopo_mini.geometry.transforms import NTK, FisherNormalized, MovingAverages, Transform
 
 __all__ = [

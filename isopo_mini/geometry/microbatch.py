@@ -10,8 +10,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from isopo_mini.geometry.layer_functions import Slot, StandIn, Tape, UnhandledParameterError
 from isopo_mini.geometry.parameter_gradients import MatrixGradients, VectorGradients
+from isopo_mini.geometry.stand_in import Slot, StandIn, Tape, UnhandledParameterError
 
 PAST_ITS_MODULE = "a path that does not go through its module"
 

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from isopo_mini.geometry import layerwise
-from isopo_mini.geometry.layer_functions import HANDLERS
 from isopo_mini.geometry.layerwise import NTK, FisherNormalized, Isopo, UnhandledParameterError
+from isopo_mini.geometry.stand_in import HANDLERS
 from isopo_mini.policies.transformer import CausalTransformer
 
 SEQUENCES, POSITIONS, WORDS = 6, 5, 7
