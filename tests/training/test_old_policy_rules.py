@@ -10,7 +10,7 @@ from torch import Tensor
 from isopo_mini.batch import Batch
 from isopo_mini.geometry import fisher, natural_gradient
 from isopo_mini.objectives import losses
-from isopo_mini.policies import MLP, TabularSoftmax
+from isopo_mini.policies import MLP, CategoricalPolicy, TabularSoftmax
 from isopo_mini.tasks.bandit import ContextualBandit
 from isopo_mini.training import diagnostics
 from isopo_mini.training.old_policy_rules import ClippedSurrogate, TrustRegion
@@ -236,6 +236,36 @@ class TestTrustRegion:
         assert metrics["step_fraction"] == metrics["gradient_norm"] == metrics["kl_step"] == 0
         assert torch.equal(policy.table.weight, before)
         assert metrics["backward_passes"] == 2 + metrics["cg_iterations"]
+
+    def test_shortens_the_step_until_the_surrogate_gains(self) -> None:
+        """Logits (sin θ, 0) at θ = 0: F = ¼, so the longest step for δ = 2 is 4, where the sine is negative again.
+
+        The KL is far below 2 everywhere. 0.8 · 4 = 3.2 is still beyond π; 0.64 · 4 = 2.56 is the first that gains.
+        """
+
+        class Sine(CategoricalPolicy):
+            def __init__(self) -> None:
+                super().__init__()
+                self.angle = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+            def logits(self, observations: Tensor) -> Tensor:
+                return torch.stack([self.angle.sin(), 0 * self.angle], dim=-1).expand(*observations.shape, 2)
+
+        batch = Batch(
+            torch.zeros(2, 1, dtype=torch.int64),
+            torch.tensor([[0], [1]]),
+            torch.ones(2, 1, dtype=torch.bool),
+            torch.tensor([1.0, 0.0], dtype=torch.float64),
+            torch.full((2, 1), 0.5, dtype=torch.float64).log(),
+        )
+        policy = Sine()
+        metrics = TrustRegion(2.0, damping=0.0).step(policy, batch, torch.optim.SGD(policy.parameters()))
+        assert policy.angle.item() == pytest.approx(2.56)
+        assert metrics["step_fraction"] == pytest.approx(0.64)
+        logit = math.sin(2.56)
+        right = 1 / (1 + math.exp(-logit))  # π'(0), 1/2 before; A = ±1
+        assert metrics["surrogate_gain"] == pytest.approx((2 * right - 1 - (2 * (1 - right) - 1)) / 2)
+        assert metrics["kl_step"] == pytest.approx(-0.5 * math.log(4 * right * (1 - right)))
 
     def test_does_not_depend_on_the_parameters(self) -> None:
         """Logits θ/3 instead of θ: the policy after one step is the same, as for any natural gradient without damping.
