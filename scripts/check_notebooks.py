@@ -87,6 +87,17 @@ def code_complaints(cells: list[Notebook]) -> list[str]:
     return wrong
 
 
+def formula_complaints(cells: list[Notebook]) -> list[str]:
+    """Formulas that the page cannot typeset: in one of several lines, MathJax refuses the number."""
+    displays = [
+        (cell["id"], text) for cell in cells for text in re.findall(r"(?s)\$\$(.*?)\$\$", "".join(cell["source"]))
+    ]
+    numbered = [(where, text) for where, text in displays if r"\tag" in text and "\\\\" in text]
+    return [
+        f"{where}: a formula of several lines cannot have a \\tag; write it on one, or as two" for where, _ in numbered
+    ]
+
+
 def chapter_complaints(notebook: Notebook) -> list[str]:
     """What a chapter lacks: one title, the setup cell, the promised sections, an assertion of its claim."""
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
@@ -116,6 +127,7 @@ def complaints(text: str, path: Path) -> list[str]:
     notebook = json.loads(text)
     wrong = form_complaints(text, path.stem)
     wrong += code_complaints([cell for cell in notebook["cells"] if cell["cell_type"] == "code"])
+    wrong += formula_complaints([cell for cell in notebook["cells"] if cell["cell_type"] == "markdown"])
     if path.parent.name in CHAPTER_FOLDERS:
         wrong += chapter_complaints(notebook)
     return wrong

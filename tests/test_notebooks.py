@@ -80,6 +80,7 @@ def test_checker_accepts_a_good_chapter() -> None:
         (3, {"source": ["%matplotlib inline"]}, "not plain Python"),
         (0, {"source": ["# Title\n", "## Exercises\n", "## Summary"]}, "no section 'Where it breaks'"),
         (0, {"source": ["## Where it breaks\n", "## Exercises\n", "## Summary"]}, "exactly one title"),
+        (0, {"source": ["# Title\n", "\n", "$$\n", r"a \\ b \tag{1}" + "\n", "$$"]}, "several lines cannot have a"),
     ],
 )
 def test_checker_notices(cell: int, change: dict, complaint: str) -> None:
