@@ -2,11 +2,17 @@
 
 import doctest
 import importlib
+import inspect
+import io
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import docutils.core
 import pytest
 from plain_docstrings import to_restructured
+from sphinx.ext.napoleon import Config
+from sphinx.ext.napoleon.docstring import GoogleDocstring
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(
@@ -59,3 +65,39 @@ def test_every_public_module_is_on_the_api_page() -> None:
 )
 def test_plain_docstring_becomes_restructured_text(plain: list[str], restructured: list[str]) -> None:
     assert to_restructured(plain) == restructured
+
+
+def documented(name: str) -> Iterator[tuple[str, str]]:
+    """The name and the docstring of a module, of what it defines, and of its classes' methods and properties."""
+    module = importlib.import_module(name)
+    pending = [(name, module)]
+    while pending:
+        path, thing = pending.pop()
+        if text := inspect.getdoc(thing):
+            yield path, text
+        if inspect.ismodule(thing) or inspect.isclass(thing):
+            members = {key: value for key, value in vars(thing).items() if not key.startswith("__")}
+            mine = {key: getattr(value, "__func__", value) for key, value in members.items()}
+            pending += [
+                (f"{path}.{key}", value)
+                for key, value in mine.items()
+                if getattr(value, "__module__", name) == name and (callable(value) or isinstance(value, property))
+            ]
+
+
+def complaints(text: str) -> str:
+    """What docutils says of a docstring as the API page reads it; nothing when it is well formed."""
+    config = Config(napoleon_google_docstring=True, napoleon_numpy_docstring=False)
+    restructured = str(GoogleDocstring(to_restructured(text.splitlines()), config))
+    said = io.StringIO()
+    docutils.core.publish_doctree(restructured, settings_overrides={"warning_stream": said, "report_level": 2})
+    return said.getvalue()
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - INTERNAL))
+def test_docstrings_make_no_warning_on_the_api_page(name: str) -> None:
+    assert {path: said for path, text in documented(name) if (said := complaints(text))} == {}
+
+
+def test_a_list_item_that_goes_on_in_a_returns_section_is_noticed() -> None:
+    assert "unexpected" in complaints("Do.\n\nReturns:\n    - `a`: one; it\n      goes on.\n    - `b`: two.")

@@ -33,11 +33,10 @@ def scores(curve: Mapping[str, list], target: float | None = None) -> dict[str, 
         target: of the return.
 
     Returns:
-        - `score`: mean "return" over the last quarter of the evaluations, the first not counted; rounded up, so at
-          least one. It decides which step size is best.
-        - `final`: the last "return"; `area`: the time average of "return" over all steps (trapezoids).
-        - `to_target`: what had been spent (see `COSTS`) at the first evaluation with "return" ≥ target; None when
-          there was none.
+        `score`, the mean "return" over the last quarter of the evaluations, the first not counted; rounded up, so at
+        least one; it decides which step size is best. `final`, the last "return". `area`, the time average of
+        "return" over all steps (trapezoids). `to_target`, what had been spent (see `COSTS`) at the first evaluation
+        with "return" ≥ target; None when there was none.
     """
     returns, steps = np.asarray(curve["return"], dtype=float), np.asarray(curve["step"], dtype=float)
     last = max(1, math.ceil((len(returns) - 1) / 4))
