@@ -3,13 +3,16 @@
 `isopo_mini.tasks.warm_start`, which is also a command, is imported by name.
 """
 
-from isopo_mini.tasks import bandit, cartpole, token_task, tokens
+from isopo_mini.tasks import bandit, cartpole, mdp, occupancy, token_task, tokens
 from isopo_mini.tasks.bandit import Bandit, ContextualBandit
 from isopo_mini.tasks.cartpole import CartPole, Episodes
+from isopo_mini.tasks.mdp import MDP, npg_step, random_mdp
+from isopo_mini.tasks.occupancy import solve_linear_program
 from isopo_mini.tasks.token_task import TokenTask
 from isopo_mini.tasks.tokens import Addition, Brackets, ModularArithmetic, Sorting, make_task
 
 __all__ = [
+    "MDP",
     "Addition",
     "Bandit",
     "Brackets",
@@ -22,6 +25,11 @@ __all__ = [
     "bandit",
     "cartpole",
     "make_task",
+    "mdp",
+    "npg_step",
+    "occupancy",
+    "random_mdp",
+    "solve_linear_program",
     "token_task",
     "tokens",
 ]
