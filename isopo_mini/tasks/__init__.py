@@ -3,9 +3,10 @@
 `isopo_mini.tasks.warm_start`, which is also a command, is imported by name.
 """
 
-from isopo_mini.tasks import bandit, cartpole, mdp, occupancy, token_task, tokens
+from isopo_mini.tasks import bandit, cartpole, lqr, mdp, occupancy, token_task, tokens
 from isopo_mini.tasks.bandit import Bandit, ContextualBandit
 from isopo_mini.tasks.cartpole import CartPole, Episodes
+from isopo_mini.tasks.lqr import LinearQuadratic
 from isopo_mini.tasks.mdp import MDP, npg_step, random_mdp
 from isopo_mini.tasks.occupancy import solve_linear_program
 from isopo_mini.tasks.token_task import TokenTask
@@ -19,11 +20,13 @@ __all__ = [
     "CartPole",
     "ContextualBandit",
     "Episodes",
+    "LinearQuadratic",
     "ModularArithmetic",
     "Sorting",
     "TokenTask",
     "bandit",
     "cartpole",
+    "lqr",
     "make_task",
     "mdp",
     "npg_step",
