@@ -10,6 +10,8 @@ fewer rows than states it is static output feedback. All of it in float64.
 The letters are those of control. A is a matrix here, not an advantage, and Q and R are weights of the cost.
 """
 
+import warnings
+
 import numpy as np
 import scipy.linalg
 import torch
@@ -179,9 +181,17 @@ class LinearQuadratic:
 
 
 def _lyapunov(loop: Tensor, constant: Tensor) -> Tensor:
-    """X = constant + loop X loopᵀ, symmetric."""
-    solution = torch.from_numpy(scipy.linalg.solve_discrete_lyapunov(loop.cpu().numpy(), constant.cpu().numpy()))
-    return ((solution + solution.T) / 2).to(loop.device)
+    """X = constant + loop X loopᵀ, symmetric; an error where rounding cannot tell the loop from an unstable one."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", scipy.linalg.LinAlgWarning)
+            solution = scipy.linalg.solve_discrete_lyapunov(loop.cpu().numpy(), constant.cpu().numpy())
+    except (np.linalg.LinAlgError, scipy.linalg.LinAlgWarning) as error:
+        radius = torch.linalg.eigvals(loop).abs().max().item()
+        message = f"gain: expected a stable closed loop A − BKC, got spectral radius {radius:.17g}, 1 up to rounding"
+        raise ValueError(message) from error
+    symmetric = (solution + solution.T) / 2
+    return torch.from_numpy(symmetric).to(loop.device)
 
 
 def _require_symmetric(name: str, matrix: Tensor, *, definite: bool) -> None:

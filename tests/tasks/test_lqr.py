@@ -277,6 +277,14 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"spectral radius 1$"):
             LinearQuadratic(**self.parts()).cost(double([-0.5]))
 
+    def test_gain_a_rounding_error_inside_the_boundary(self) -> None:
+        """A quarter turn, shortened: the Lyapunov equation itself is singular to working precision."""
+        turn, idle = double([0.0, 1.0], [-1.0, 0.0]), double([0.0])
+        inside, too_close = (LinearQuadratic(**(self.parts() | {"A": turn * (1 - gap)})) for gap in (1e-9, 2**-53))
+        assert inside.cost(idle).isfinite()
+        with pytest.raises(ValueError, match=r"spectral radius 0\.9999999999999\d+, 1 up to rounding"):
+            too_close.cost(idle)
+
     @pytest.mark.parametrize(
         ("gain", "message"),
         [
