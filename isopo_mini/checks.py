@@ -92,3 +92,17 @@ def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Check that a named option exists; the error lists those that do."""
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def require_probabilities(name: str, probs: Tensor, axes: tuple[str, ...] = ()) -> None:
+    """The last axis holds probabilities, up to rounding; the error names the row by `axes`, such as ("state",)."""
+    sums, smallest = probs.sum(dim=-1), probs.amin(dim=-1)
+    bad = ((sums - 1).abs() > 1e-5) | ~(smallest >= -1e-12)
+    if not bad.any():
+        return
+    index = tuple(bad.nonzero()[0].tolist()) if axes else ()
+    where = ", ".join(f"{axis} {i}" for axis, i in zip(axes, index, strict=True))
+    raise ValueError(
+        f"{name}: expected non-negative numbers with sum 1{' in each row' if axes else ''}, "
+        f"got sum {sums[index].item():g} and smallest {smallest[index].item():g}{' at ' + where if axes else ''}"
+    )

@@ -124,3 +124,12 @@ def test_choice_lists_what_there_is() -> None:
     checks.require_choice("scale", "none", ("std", "none"))
     with pytest.raises(ValueError, match=r"^scale: expected one of std, none, got 'Std'$"):
         checks.require_choice("scale", "Std", ("std", "none"))
+
+
+def test_rows_that_are_no_probabilities_are_named() -> None:
+    rows = torch.tensor([[[0.5, 0.5], [0.5, 0.4]]])
+    with pytest.raises(ValueError, match=r"rows: .* sum 1 in each row, got sum 0.9 .* at state 0, action 1"):
+        checks.require_probabilities("rows", rows, ("state", "action"))
+    with pytest.raises(ValueError, match=r"rows: expected non-negative .* smallest -0.5"):
+        checks.require_probabilities("rows", torch.tensor([1.5, -0.5]))
+    checks.require_probabilities("rows", rows[0, :1], ("state",))

@@ -8,10 +8,7 @@ The linear program over occupancies, with constraints, is in `isopo_mini.tasks.o
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -19,21 +16,7 @@ from torch import Tensor
 from isopo_mini import checks
 from isopo_mini.batch import Batch
 from isopo_mini.policies.categorical import CategoricalPolicy
-
-
-@dataclass(frozen=True, eq=False)
-class Optimum:
-    """What value iteration ends with.
-
-    Args:
-        values: V*(s), `(S,)`.
-        action_values: Q*(s, a) = r + γPV*, `(S, A)`.
-        probs: the optimal policy, `(S, A)`.
-    """
-
-    values: Float[Tensor, "S"]
-    action_values: Float[Tensor, "S A"]
-    probs: Float[Tensor, "S A"]
+from isopo_mini.tasks.value_iteration import Optimum, fixed_point
 
 
 class MDP:
@@ -86,13 +69,11 @@ class MDP:
         checks.require_at_least("discount", discount, 0)
         if discount >= 1:
             raise ValueError(f"discount: expected a number < 1, got {discount}")
-        _require_rows("transitions", transitions, ("state", "action"))
-        _require_rows("initial_probs", initial_probs, ())
+        checks.require_probabilities("transitions", transitions, ("state", "action"))
+        checks.require_probabilities("initial_probs", initial_probs, ())
         self.transitions, self.rewards = transitions.double(), rewards.double()
         self.initial_probs, self.discount = initial_probs.double(), float(discount)
         self.num_states, self.num_actions = sizes["S"], sizes["A"]
-
-    # -- a policy ------------------------------------------------------------------------------------------------
 
     def log_policy(self, policy: CategoricalPolicy) -> Float[Tensor, "S A"]:
         """log π(a|s) for every state and action, differentiable, `(S, A)`."""
@@ -105,31 +86,30 @@ class MDP:
         """The uniform policy, `(S, A)`."""
         return torch.full_like(self.rewards, 1 / self.num_actions)
 
-    def _checked(self, probs: Tensor, rewards: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Probabilities and rewards of this process's size, in float64."""
-        sizes = {"S": self.num_states, "A": self.num_actions}
-        checks.require_shape("probs", probs, "S A", sizes)
-        checks.require_floating("probs", probs)
-        _require_rows("probs", probs.detach(), ("state",))
+    def _own(self, rewards: Tensor | None) -> Tensor:
+        """The process's own rewards, or others of its size, in float64."""
         if rewards is None:
-            return probs.double(), self.rewards
-        checks.require_shape("rewards", rewards, "S A", sizes)
+            return self.rewards
+        checks.require_shape("rewards", rewards, "S A", {"S": self.num_states, "A": self.num_actions})
         checks.require_floating("rewards", rewards)
-        return probs.double(), rewards.double()
+        return rewards.double()
 
-    # -- evaluation ----------------------------------------------------------------------------------------------
+    def _checked(self, probs: Tensor) -> Tensor:
+        """A policy of this process's size, in float64."""
+        checks.require_shape("probs", probs, "S A", {"S": self.num_states, "A": self.num_actions})
+        checks.require_floating("probs", probs)
+        checks.require_probabilities("probs", probs.detach(), ("state",))
+        return probs.double()
 
     def policy_transitions(self, probs: Float[Tensor, "S A"]) -> Float[Tensor, "S S"]:
         """P_π(s'|s) = Σ_a π(a|s) P(s'|s, a), `(S, S)`."""
-        probs, _ = self._checked(probs)
-        return torch.einsum("sa,sat->st", probs, self.transitions)
+        return torch.einsum("sa,sat->st", self._checked(probs), self.transitions)
 
     def policy_rewards(
         self, probs: Float[Tensor, "S A"], rewards: Float[Tensor, "S A"] | None = None
     ) -> Float[Tensor, "S"]:
         """r_π(s) = Σ_a π(a|s) r(s, a), `(S,)`."""
-        probs, rewards = self._checked(probs, rewards)
-        return (probs * rewards).sum(dim=1)
+        return (self._checked(probs) * self._own(rewards)).sum(dim=1)
 
     def _resolvent(self, probs: Tensor) -> Tensor:
         """I − γP_π."""
@@ -143,7 +123,7 @@ class MDP:
     def bellman(self, values: Float[Tensor, "S"], rewards: Float[Tensor, "S A"] | None = None) -> Float[Tensor, "S A"]:
         """r(s, a) + γ Σ_s' P(s'|s, a) V(s'), `(S, A)`: what an action is worth when V is what follows."""
         checks.require_shape("values", values, "S", {"S": self.num_states})
-        return (self.rewards if rewards is None else rewards.double()) + self.discount * (self.transitions @ values)
+        return self._own(rewards) + self.discount * (self.transitions @ values)
 
     def action_values(
         self, probs: Float[Tensor, "S A"], rewards: Float[Tensor, "S A"] | None = None
@@ -163,8 +143,6 @@ class MDP:
     ) -> Float[Tensor, ""]:
         """J = μᵀV, the discounted return from the first state on."""
         return self.initial_probs @ self.values(probs, rewards)
-
-    # -- visits --------------------------------------------------------------------------------------------------
 
     def visitation(self, probs: Float[Tensor, "S A"]) -> Float[Tensor, "S"]:
         """d_s = (1−γ) Σ_t γ^t P(s_t = s), that is d = (1−γ)(I − γP_πᵀ)⁻¹ μ, `(S,)`; it sums to 1."""
@@ -194,8 +172,6 @@ class MDP:
         """Σ_s x_s r_π(s), the reward a step in the long run, with x the stationary law. No discount."""
         return self.stationary(probs) @ self.policy_rewards(probs, rewards)
 
-    # -- gradient and metric -------------------------------------------------------------------------------------
-
     def logit_gradient(
         self, probs: Float[Tensor, "S A"], rewards: Float[Tensor, "S A"] | None = None
     ) -> Float[Tensor, "S A"]:
@@ -212,15 +188,19 @@ class MDP:
         blocks = torch.diag_embed(probs) - probs[:, :, None] * probs[:, None, :]  # (S, A, A)
         return torch.block_diag(*(visitation[:, None, None] * blocks))
 
-    # -- optimum -------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def value_iteration(self, tolerance: float = 1e-12, *, rewards: Float[Tensor, "S A"] | None = None) -> Optimum:
         """V ← max_a (r + γPV) until V is within `tolerance` of V*, then the greedy policy, evaluated exactly.
 
         Of equally good actions the greedy policy takes the first; rounding may decide which are equal.
         """
-        values = self._iterate(lambda action_values: action_values.amax(dim=1), tolerance, 0.0, rewards)
+        rewards = self._own(rewards)
+        bound = rewards.abs().max().item()
+
+        def backup(values: Tensor) -> Tensor:
+            return self.bellman(values, rewards).amax(dim=1)
+
+        values = fixed_point(backup, torch.zeros_like(self.initial_probs), bound, self.discount, tolerance)
         best = self.bellman(values, rewards).argmax(dim=1, keepdim=True)
         probs = torch.zeros_like(self.rewards).scatter(1, best, 1.0)
         values = self.values(probs, rewards)
@@ -241,36 +221,17 @@ class MDP:
             The entropy-regularised V and Q (entropies of later states included), and the policy.
         """
         checks.require_positive("temperature", temperature)
-        values = self._iterate(
-            lambda action_values: temperature * (action_values / temperature).logsumexp(dim=1),
-            tolerance,
-            temperature * math.log(self.num_actions),
-            rewards,
-        )
+        rewards = self._own(rewards)
+        bound = rewards.abs().max().item() + temperature * math.log(self.num_actions)
+
+        def backup(values: Tensor) -> Tensor:
+            return temperature * (self.bellman(values, rewards) / temperature).logsumexp(dim=1)
+
+        values = fixed_point(backup, torch.zeros_like(self.initial_probs), bound, self.discount, tolerance)
         log_probs = (self.bellman(values, rewards) / temperature).log_softmax(dim=1)
-        plain = self.rewards if rewards is None else rewards.double()
-        values = self.values(log_probs.exp(), plain - temperature * log_probs)  # one exact evaluation
+        values = self.values(log_probs.exp(), rewards - temperature * log_probs)  # one exact evaluation
         action_values = self.bellman(values, rewards)
         return Optimum(values, action_values, (action_values / temperature).softmax(dim=1))
-
-    def _iterate(
-        self, backup: Callable[[Tensor], Tensor], tolerance: float, bonus: float, rewards: Tensor | None
-    ) -> Tensor:
-        """V ← backup(r + γPV) from zero, as often as a contraction by γ needs to come within `tolerance`."""
-        checks.require_positive("tolerance", tolerance)
-        if rewards is not None:
-            checks.require_shape("rewards", rewards, "S A", {"S": self.num_states, "A": self.num_actions})
-        largest = (self.rewards if rewards is None else rewards).abs().max().item() + bonus
-        values = torch.zeros_like(self.initial_probs)
-        error = largest / (1 - self.discount)  # of the zero function
-        while error > tolerance:
-            before, values = values, backup(self.bellman(values, rewards))
-            if torch.equal(before, values):
-                break
-            error *= self.discount
-        return values
-
-    # -- as a task -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def sample(
@@ -333,37 +294,3 @@ def npg_step(
     """
     advantages = mdp.advantages(probs, rewards)
     return (probs.double().log() + step_size * advantages / (1 - mdp.discount)).softmax(dim=1)
-
-
-def random_mdp(num_states: int, num_actions: int, *, discount: float, seed: int, concentration: float = 1.0) -> MDP:
-    """A random process: Dirichlet rows P(·|s, a), rewards uniform in [0, 1], a uniform first state.
-
-    Args:
-        num_states: S.
-        num_actions: A.
-        discount: γ.
-        seed: of NumPy's generator; the same seed gives the same process.
-        concentration: of the Dirichlet law. Small: an action leads almost surely to one state; large: nearly
-            uniform.
-    """
-    checks.require_at_least("num_states", num_states, 1)
-    checks.require_at_least("num_actions", num_actions, 1)
-    checks.require_positive("concentration", concentration)
-    generator = np.random.default_rng(seed)
-    rows = generator.dirichlet(np.full(num_states, concentration), (num_states, num_actions))
-    rewards = generator.uniform(size=(num_states, num_actions))
-    return MDP(torch.from_numpy(rows), torch.from_numpy(rewards), discount=discount)
-
-
-def _require_rows(name: str, probs: Tensor, axes: tuple[str, ...]) -> None:
-    """Check that the last axis holds probabilities; the error names the row by `axes`. Rounding is forgiven."""
-    sums, smallest = probs.sum(dim=-1), probs.amin(dim=-1)
-    bad = ((sums - 1).abs() > 1e-5) | ~(smallest >= -1e-12)
-    if not bad.any():
-        return
-    index = tuple(bad.nonzero()[0].tolist()) if axes else ()
-    where = ", ".join(f"{axis} {i}" for axis, i in zip(axes, index, strict=True))
-    raise ValueError(
-        f"{name}: expected non-negative numbers with sum 1{' in each row' if axes else ''}, "
-        f"got sum {sums[index].item():g} and smallest {smallest[index].item():g}{' at ' + where if axes else ''}"
-    )
