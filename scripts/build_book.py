@@ -17,13 +17,16 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # A warning or an error of Sphinx; what a kernel says of its own sockets is none.
 TROUBLE = re.compile(r"\b(WARNING|ERROR|CRITICAL|SEVERE): |^\w*(Error|Exception)\b|\bExecutionError: ")
 
-# Jupyter Book's own command line, with one argument more for Sphinx. Run in a process of its own. What a cell in
+# Jupyter Book's own command line, with one argument more for Sphinx, in a process of its own. Sphinx would deal pages
+# out by the dozen; one by one, a line is printed for each and the long chapters are shared better. What a cell in
 # another process died of, Sphinx keeps in the error and does not print.
 BUILD = """
 import functools, sys
 import jupyter_book.sphinx as builder
+import sphinx.builders
 from jupyter_book.cli.main import main
 builder.build_sphinx = functools.partial(builder.build_sphinx, jobs=int(sys.argv.pop(1)))
+sphinx.builders.make_chunks = lambda pages, processes, maxbatch=1: [[page] for page in pages]
 try:
     main(["build", "-W", "--keep-going", "--all", *sys.argv[1:]])
 except RuntimeError as error:
