@@ -8,8 +8,8 @@ from isopo_mini.tasks.bandit import Bandit, ContextualBandit
 from isopo_mini.tasks.cartpole import CartPole, Episodes
 from isopo_mini.tasks.lqr import LinearQuadratic
 from isopo_mini.tasks.mdp import MDP, npg_step
+from isopo_mini.tasks.mdp_instances import random_mdp
 from isopo_mini.tasks.occupancy import solve_linear_program
-from isopo_mini.tasks.random_mdp import random_mdp
 from isopo_mini.tasks.token_task import TokenTask
 from isopo_mini.tasks.tokens import Addition, Brackets, ModularArithmetic, Sorting, make_task
 
