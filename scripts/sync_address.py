@@ -22,14 +22,19 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 
 SETUP_CELL = """\
-# Where isopo_mini is missing, as in a fresh Colab, this cell installs it. Elsewhere it does nothing.
+# Where isopo_mini is missing, as in a fresh Colab, this cell fetches the repository. Elsewhere it does nothing.
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 if importlib.util.find_spec("isopo_mini") is None:
-    package = "isopo_mini @ git+{url}@{tag}"
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", package], check=True)"""
+    repository = Path("isopo-mini").resolve()  # the package, and the records that some chapters read
+    if not repository.exists():
+        clone = ["git", "-c", "advice.detachedHead=false", "clone", "--quiet", "--depth", "1", "--branch", "{tag}"]
+        subprocess.run([*clone, "{url}", str(repository)], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--editable", str(repository)], check=True)
+    sys.path.insert(0, str(repository))  # a running kernel does not see what was installed after its start"""
 
 
 @dataclass(frozen=True)

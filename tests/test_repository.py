@@ -1,7 +1,9 @@
 """The repository keeps its promises: one address, a full lock, documented commands, nothing opaque in git."""
 
+import importlib.util
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -180,3 +182,20 @@ def test_page_checker_notices(html: str, complaint: str) -> None:
 def test_page_checker_lets_links_and_local_files_pass() -> None:
     html = '<a href="https://arxiv.org">paper</a><script src="../_static/a.js"></script><img src="a.png" alt="A line.">'
     assert check_pages.complaints(html) == []
+
+
+def test_the_setup_cell_clones_installs_and_makes_the_clone_importable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, commands = sync_address.read_address(ROOT), []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
+    exec(address.setup_cell, {})
+    assert commands == []  # the package is here
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    exec(address.setup_cell, {})
+    clone, install = commands
+    assert clone[-3:] == [address.tag, address.url, str(tmp_path / "isopo-mini")]
+    assert install[-2:] == ["--editable", str(tmp_path / "isopo-mini")]
+    assert sys.path[0] == str(tmp_path / "isopo-mini")
