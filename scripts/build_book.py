@@ -2,30 +2,44 @@
 
     python scripts/build_book.py
 
-This is `jupyter-book build -W --keep-going --all .` and two things that the command line lacks: it hands Sphinx a
-number of processes, and when the build fails it ends with what failed, which otherwise stands a thousand lines up.
+This is `jupyter-book build -W --keep-going --all .` and three things that the command line lacks: it hands Sphinx a
+number of processes; every chapter runs although another has failed; and a failed build ends with what failed, where,
+both sides of the comparison, and the command that shows that one chapter again.
 """
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-# A warning or an error of Sphinx; what a kernel says of its own sockets is none.
-TROUBLE = re.compile(r"\b(WARNING|ERROR|CRITICAL|SEVERE): |^\w*(Error|Exception)\b|\bExecutionError: ")
+import chapter_records
 
-# Jupyter Book's own command line, with one argument more for Sphinx, in a process of its own. Sphinx would deal pages
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = Path("_build") / "claims"  # what this build's chapters claimed; the page of claims is made from it
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+# A warning or an error of Sphinx.
+TROUBLE = re.compile(r"\b(WARNING|ERROR|CRITICAL|SEVERE): |^\w*(Error|Exception)\b|\bExecutionError: ")
+# What a kernel says of its own sockets is no concern of a reader; that a cell failed is told better below.
+CHATTER = re.compile(r"^\[IPKernelApp\]|Kernel is running over TCP|^0\.00s - |^\s*$")
+TOLD_BELOW = re.compile(r"Executing notebook failed: CellExecutionError")
+
+# Jupyter Book's own command line, with two arguments more for Sphinx, in a process of its own. Sphinx would deal pages
 # out by the dozen; one by one, a line is printed for each and the long chapters are shared better. What a cell in
-# another process died of, Sphinx keeps in the error and does not print.
+# another process died of, Sphinx keeps in the error and does not print. A failing cell is a warning, and so fails the
+# build (-W) after all the others have run; the configuration, for whoever calls Jupyter Book itself, ends it at once.
 BUILD = """
 import functools, sys
 import jupyter_book.sphinx as builder
 import sphinx.builders
 from jupyter_book.cli.main import main
-builder.build_sphinx = functools.partial(builder.build_sphinx, jobs=int(sys.argv.pop(1)))
+plain = builder.build_sphinx
+def build_sphinx(*args, confoverrides=None, **kwargs):
+    confoverrides = {**(confoverrides or {}), "nb_execution_raise_on_error": False}
+    return plain(*args, confoverrides=confoverrides, **kwargs)
+builder.build_sphinx = functools.partial(build_sphinx, jobs=int(sys.argv.pop(1)))
 sphinx.builders.make_chunks = lambda pages, processes, maxbatch=1: [[page] for page in pages]
 try:
     main(["build", "-W", "--keep-going", "--all", *sys.argv[1:]])
@@ -35,22 +49,43 @@ except RuntimeError as error:
 
 
 def trouble(lines: list[str]) -> list[str]:
-    """The lines that say what is wrong, each once, in their order."""
+    """The lines that say what is wrong, each once, in their order, without those that are told otherwise."""
     plain = [COLOUR.sub("", line).rstrip() for line in lines]
-    return list(dict.fromkeys(line for line in plain if TROUBLE.search(line)))
+    wrong = [
+        line for line in plain if TROUBLE.search(line) and not CHATTER.search(line) and not TOLD_BELOW.search(line)
+    ]
+    return list(dict.fromkeys(wrong))
 
 
-def build(root: Path = ROOT, jobs: int | None = None) -> int:
-    """Build the book under `root`, print what the build prints, and return its exit status."""
-    command = [sys.executable, "-c", BUILD, str(jobs or os.cpu_count() or 1), str(root)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=root) as process:
-        lines = []
+def build(root: Path = ROOT, jobs: int | None = None, options: Sequence[str] = (), records: Path | None = None) -> int:
+    """Build the book under `root`, print what the build prints, and return its exit status.
+
+    Args:
+        root: the folder with `_config.yml` and `_toc.yml`.
+        jobs: how many chapters at a time; as many as there are cores when None.
+        options: further options of `jupyter-book build`.
+        records: where the chapters' kernels write what they claim; `_build/claims` when None.
+    """
+    records = records or root / RECORDS
+    shutil.rmtree(records, ignore_errors=True)
+    command = [sys.executable, "-c", BUILD, str(jobs or os.cpu_count() or 1), *options, str(root)]
+    lines = []
+    with (
+        chapter_records.listening(records) as environment,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=root, env=environment
+        ) as process,
+    ):
         for line in process.stdout or ():
+            if CHATTER.search(line) and line.strip():
+                continue
             print(line, end="", flush=True)
             lines.append(line)
     if process.returncode:
-        print("\nThe book was not built. What went wrong:")
-        print("\n".join(trouble(lines)) or "nothing that this script knows; see above")
+        print("\nThe book was not built. What went wrong:\n")
+        failures = chapter_records.failure_report(chapter_records.read(records, root))
+        others = "\n".join(trouble(lines))
+        print("\n\n".join(part for part in (failures, others) if part) or "nothing that this script knows; see above")
     return process.returncode
 
 

@@ -5,10 +5,9 @@ lead nowhere and are let through.
 """
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 
+import build_book
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,11 +28,10 @@ def build(chapter: Path) -> Path:
         del toc["chapters"]
     (folder / "_config.yml").write_text(yaml.safe_dump(config))
     (folder / "_toc.yml").write_text(yaml.safe_dump(toc))
-    command = [str(Path(sys.executable).with_name("jupyter-book")), "build", "-W", "--keep-going", "--all"]
-    command += ["--config", str(folder / "_config.yml"), "--toc", str(folder / "_toc.yml")]
-    finished = subprocess.run([*command, "--path-output", str(folder), str(ROOT)], check=False)
-    if finished.returncode:
-        raise SystemExit(finished.returncode)
+    where = ["--config", str(folder / "_config.yml"), "--toc", str(folder / "_toc.yml"), "--path-output", str(folder)]
+    status = build_book.build(ROOT, jobs=1, options=where, records=folder / "claims")
+    if status:
+        raise SystemExit(status)
     return folder / "_build" / "html" / page.with_suffix(".html")
 
 

@@ -1,0 +1,86 @@
+"""What kernels wrote down while chapters ran: how to have it written, where it belongs, and how a failure is told.
+
+Kernels learn from the environment what to load (`claims.py`), so this works for Sphinx's as for our own. A kernel does
+not know which chapter it runs: that is found from the text of its cells.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+SCRIPTS = Path(__file__).resolve().parent
+ROOT = SCRIPTS.parent
+# IPython reads this in every kernel. The folder is appended: a chapter's own imports come first.
+CONFIGURATION = """
+import sys
+sys.path.append({scripts!r})
+c = get_config()
+c.InteractiveShellApp.extensions = ["claims"]
+c.HistoryManager.enabled = False
+"""
+SETUP_CELL = "setup"
+
+Record = dict[str, Any]
+
+
+@contextmanager
+def listening(records: Path, **settings: str) -> Iterator[dict[str, str]]:
+    """The environment for kernels that write what they claim into `records`, and `settings` of the same kind."""
+    records.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        profile = Path(folder) / "profile_default"
+        profile.mkdir()
+        (profile / "ipython_kernel_config.py").write_text(CONFIGURATION.format(scripts=str(SCRIPTS)), encoding="utf-8")
+        yield os.environ | {"IPYTHONDIR": folder, "CLAIMS_RECORDS": str(records)} | settings
+
+
+def chapters(root: Path = ROOT) -> list[Path]:
+    """Every notebook under `root` that has cells to run, built pages aside."""
+    found = (path for path in root.rglob("*.ipynb") if not {"_build", ".venv", ".ipynb_checkpoints"} & set(path.parts))
+    return sorted(found)
+
+
+def code_cells(chapter: Path) -> dict[str, int]:
+    """The source of every code cell and its number in the notebook, counted from 0."""
+    cells = json.loads(chapter.read_text(encoding="utf-8"))["cells"]
+    return {"".join(cell["source"]): number for number, cell in enumerate(cells) if cell["cell_type"] == "code"}
+
+
+def read(records: Path, root: Path = ROOT) -> list[Record]:
+    """All records of a folder, each with its `chapter` (relative to `root`) and `cell`, in reading order."""
+    cells = {path.relative_to(root).as_posix(): code_cells(path) for path in chapters(root)}
+    found = []
+    for file in sorted(records.glob("*.jsonl")):
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        sources = {line["source"] for line in lines}
+        holding = [name for name, numbers in cells.items() if sources <= numbers.keys()]
+        if holding:  # else a chapter that has been edited since
+            numbers = cells[holding[0]]
+            found += [line | {"chapter": holding[0], "cell": numbers[line["source"]]} for line in lines]
+    return sorted(found, key=lambda record: (record["chapter"], record["cell"], record.get("line") or 0))
+
+
+def first_lines(source: str, count: int = 3) -> str:
+    """The beginning of a cell, indented."""
+    return "\n".join(f"    | {line}" for line in source.splitlines()[:count])
+
+
+def failure_report(records: list[Record], command: str = "make draft CHAPTER={chapter}") -> str:
+    """For each failure: chapter, cell, its first lines, the failing line, both sides, and how to see it again."""
+    told = []
+    for record in records:
+        if "error" not in record:
+            continue
+        told.append(
+            f"{record['chapter']}, cell {record['cell']} (counted from 0), which begins\n"
+            f"{first_lines(record['source'])}\n"
+            f"  fails at\n"
+            f"    > {record['failing'].strip()}\n"
+            f"  {record['error']}: {record['message']}\n"
+            f"  To see this one chapter again: {command.format(chapter=record['chapter'])}"
+        )
+    return "\n\n".join(told)
