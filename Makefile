@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lab serve draft lint format lock clean
+.PHONY: help book test portable margins lab serve draft lint format lock clean
 
 help:  ## List these commands
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{ printf "make %-8s %s\n", $$1, $$2 }'
@@ -29,6 +29,14 @@ book: $(INSTALLED)  ## Execute every chapter and write _build/html/index.html; a
 test: $(INSTALLED)  ## Run all tests
 	@echo "Running the tests"
 	$(BIN)/python -m pytest
+
+portable: $(INSTALLED)  ## Run every chapter as on other processors and with other seeds (about 45 minutes)
+	@echo "Running every chapter under every setting of scripts/execute_chapters.py; a failing claim does not stop it"
+	$(BIN)/python scripts/portable.py
+
+margins: $(INSTALLED)  ## Run every chapter with four sets of seeds: by how much does each claim hold?
+	@echo "Running every chapter with four sets of seeds; every claim and its margin goes to _build/margins.csv"
+	$(BIN)/python scripts/portable.py --settings ordinary seeds+1000 seeds+2000 seeds+3000
 
 lab: $(INSTALLED)  ## Open the chapters in JupyterLab
 	@echo "Starting JupyterLab on book/ (stop it with Ctrl-C)"

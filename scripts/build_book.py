@@ -24,7 +24,7 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 TROUBLE = re.compile(r"\b(WARNING|ERROR|CRITICAL|SEVERE): |^\w*(Error|Exception)\b|\bExecutionError: ")
 # What a kernel says of its own sockets is no concern of a reader; that a cell failed is told better below.
 CHATTER = re.compile(r"^\[IPKernelApp\]|Kernel is running over TCP|^0\.00s - |^\s*$")
-TOLD_BELOW = re.compile(r"Executing notebook failed: CellExecutionError")
+TOLD_BELOW = re.compile(r"Executing notebook failed: CellExecutionError|Notebook exception traceback saved")
 
 # Jupyter Book's own command line, with two arguments more for Sphinx, in a process of its own. Sphinx would deal pages
 # out by the dozen; one by one, a line is printed for each and the long chapters are shared better. What a cell in

@@ -64,23 +64,22 @@ def read(records: Path, root: Path = ROOT) -> list[Record]:
     return sorted(found, key=lambda record: (record["chapter"], record["cell"], record.get("line") or 0))
 
 
-def first_lines(source: str, count: int = 3) -> str:
-    """The beginning of a cell, indented."""
-    return "\n".join(f"    | {line}" for line in source.splitlines()[:count])
+def quoted(text: str, mark: str, count: int | None = None) -> str:
+    """The text, or its first lines, indented behind a mark."""
+    return "\n".join(f"    {mark} {line}".rstrip() for line in text.splitlines()[:count])
 
 
 def failure_report(records: list[Record], command: str = "make draft CHAPTER={chapter}") -> str:
     """For each failure: chapter, cell, its first lines, the failing line, both sides, and how to see it again."""
-    told = []
-    for record in records:
-        if "error" not in record:
-            continue
-        told.append(
-            f"{record['chapter']}, cell {record['cell']} (counted from 0), which begins\n"
-            f"{first_lines(record['source'])}\n"
-            f"  fails at\n"
-            f"    > {record['failing'].strip()}\n"
-            f"  {record['error']}: {record['message']}\n"
-            f"  To see this one chapter again: {command.format(chapter=record['chapter'])}"
-        )
+    told = [
+        f"{record['chapter']}, cell {record['cell']} (counted from 0), which begins\n"
+        f"{quoted(record['source'], '|', 3)}\n"
+        f"  fails at\n"
+        f"{quoted(record['failing'], '>')}\n"
+        f"  with {record['error']}\n"
+        f"{quoted(record['message'], ' ')}\n"
+        f"  To see this one chapter again: {command.format(chapter=record['chapter'])}"
+        for record in records
+        if "error" in record
+    ]
     return "\n\n".join(told)

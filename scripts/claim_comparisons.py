@@ -68,7 +68,7 @@ def numbers(value: Any) -> np.ndarray | None:
         value = value.double() if value.is_floating_point() else value  # NumPy has no bfloat16
     try:
         array = np.asarray(value)
-    except ValueError:  # lists of different lengths
+    except (ValueError, TypeError, RuntimeError):  # lists of different lengths, tuples of tensors
         return None
     return array.astype(np.float64) if array.dtype.kind in "iuf" and array.size else None
 

@@ -8,6 +8,9 @@ from typing import Any
 from claim_comparisons import ASSERT_CLOSE
 
 RECORDER = "__claims__"
+CERTAIN = (
+    "always:"  # begins the message of an assert that cannot fail by luck: `assert a <= b, "always: Cauchy–Schwarz"`
+)
 SIGNS: dict[type[ast.cmpop], str] = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "=="}
 CLOSE = {"allclose", "isclose"}
 LIBRARIES = {"np", "numpy", "torch"}
@@ -21,8 +24,9 @@ class Rewriter(ast.NodeTransformer):
 
     def visit_Assert(self, node: ast.Assert) -> ast.Assert:
         """`assert finish(start(…), test), explain(message)`."""
-        text = ast.unparse(node.test)
-        start = self._call("start", ast.Constant(node.lineno), ast.Constant(text))
+        said = ast.literal_eval(node.msg) if isinstance(node.msg, ast.Constant) else ""
+        certain = ast.Constant(str(said).startswith(CERTAIN))
+        start = self._call("start", ast.Constant(node.lineno), ast.Constant(ast.unparse(node.test)), certain)
         test = self._call("finish", start, self._claimed(node.test, negated=False, one_suffices=False))
         message = self._call("explain", *([node.msg] if node.msg else []))
         return self._placed(ast.Assert(test, message), node)

@@ -12,8 +12,10 @@ Where it writes, and whether a failing assert stops the chapter, is said in the 
 """
 
 import json
+import linecache
 import operator
 import os
+import textwrap
 import traceback
 import uuid
 from collections.abc import Callable
@@ -40,6 +42,7 @@ class Claim:
 
     line: int
     text: str
+    certain: bool = False  # a theorem or an identity: however near its sides, they cannot pass each other
     times: int = 0
     held: bool = True
     tightest: Comparison | None = None
@@ -62,7 +65,8 @@ class Claim:
 
     def as_record(self) -> dict[str, Any]:
         """What is written to the file."""
-        record: dict[str, Any] = {"line": self.line, "claim": self.text, "times": self.times, "held": self.held}
+        record: dict[str, Any] = {"line": self.line, "claim": self.text, "certain": self.certain}
+        record |= {"times": self.times, "held": self.held}
         if self.tightest is not None:
             found = self.tightest
             record |= {"compared": found.text, "left": found.left, "sign": found.sign, "right": found.right}
@@ -87,9 +91,9 @@ class Recorder:
         self.open: list[Claim] = []
         self.failed: Claim | None = None
 
-    def start(self, line: int, text: str) -> None:
+    def start(self, line: int, text: str, certain: bool = False) -> None:
         """An assert is about to be evaluated."""
-        self.open.append(self.claims.setdefault((line, text), Claim(line, text)))
+        self.open.append(self.claims.setdefault((line, text), Claim(line, text, certain)))
 
     def finish(self, _: None, value: Any) -> bool:
         """It has been evaluated; what `assert` is to see."""
@@ -164,11 +168,20 @@ class Recorder:
         error = result.error_before_exec or result.error_in_exec
         if error is None:
             return
-        this_kernel = f"ipykernel_{os.getpid()}"  # in the names that it gives to its cells
-        lines = [frame.line for frame in traceback.extract_tb(error.__traceback__) if this_kernel in frame.filename]
-        failing = lines[-1] if lines else getattr(error, "text", "")
         message = str(error).strip() or "(no message)"
-        self.write({"source": source, "error": type(error).__name__, "message": message, "failing": failing or ""})
+        self.write(
+            {"source": source, "error": type(error).__name__, "message": message, "failing": failing_code(error)}
+        )
+
+
+def failing_code(error: BaseException) -> str:
+    """The statement of a cell that raised the error; the deepest one where cells call each other's functions."""
+    this_kernel = f"ipykernel_{os.getpid()}"  # in the names that it gives to its cells
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if this_kernel in frame.filename]
+    if not frames:
+        return getattr(error, "text", None) or ""
+    first, last = frames[-1].lineno or 1, frames[-1].end_lineno or frames[-1].lineno or 1
+    return textwrap.dedent("".join(linecache.getlines(frames[-1].filename)[first - 1 : last])).strip()
 
 
 def load_ipython_extension(shell: Any) -> None:

@@ -10,8 +10,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def make_book(folder: Path, code: str) -> None:
-    """A book of six empty pages (Sphinx reads fewer one by one) and a chapter with one cell."""
+def make_book(folder: Path, **chapters: list[str]) -> None:
+    """A book of six empty pages (Sphinx reads fewer one by one) and of chapters with a title and these cells."""
     config = yaml.safe_load((ROOT / "_config.yml").read_text())
     config["sphinx"]["local_extensions"] = {name: str(ROOT / "scripts") for name in ("parallel_reading",)}
     config["sphinx"]["config"] = {"nb_ipywidgets_js": {}}
@@ -20,32 +20,75 @@ def make_book(folder: Path, code: str) -> None:
     pages = [f"page{number}" for number in range(6)]
     for page in pages:
         (folder / f"{page}.md").write_text("# Nothing\n")
-    toc = {"format": "jb-book", "root": "chapter", "chapters": [{"file": page} for page in pages]}
+    for name, cells in chapters.items():
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A chapter")])
+        notebook.cells += [nbformat.v4.new_code_cell(code) for code in cells]
+        notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
+        nbformat.write(notebook, folder / f"{name}.ipynb")
+    root, *others = chapters
+    toc = {"format": "jb-book", "root": root, "chapters": [{"file": page} for page in [*others, *pages]]}
     (folder / "_toc.yml").write_text(yaml.safe_dump(toc))
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A chapter")])
-    notebook.cells.append(nbformat.v4.new_code_cell(code))
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
-    nbformat.write(notebook, folder / "chapter.ipynb")
 
 
-@pytest.mark.parametrize(
-    ("code", "status", "said"),
-    [
-        ("print('fine')", 0, "build succeeded"),
-        ("assert 1 > 2, 'the claim'", 1, "AssertionError: the claim"),
-        ("import sys; print('hm', file=sys.stderr)", 1, "stderr was found in the cell outputs of cell 2"),
-    ],
-)
-def test_the_build_fails_when_a_cell_does_and_says_so_last(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], code: str, status: int, said: str
-) -> None:
-    make_book(tmp_path, code)
-    assert build_book.build(tmp_path, jobs=2) == status
+def build(folder: Path, capsys: pytest.CaptureFixture[str], status: int) -> str:
+    """Build the book, expecting the exit status; what was printed, without colours."""
+    assert build_book.build(folder, jobs=2) == status
     printed = build_book.COLOUR.sub("", capsys.readouterr().out)
     assert "doing serial read" not in printed
-    end = printed if status == 0 else printed[printed.index("What went wrong:") :]
-    assert said in end
-    assert (tmp_path / "_build" / "html" / "chapter.html").exists() or status
+    assert "IPKernelApp" not in printed
+    assert "running over TCP" not in printed
+    return printed
+
+
+def test_a_good_book(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_book(tmp_path, chapter=["print('fine')"])
+    assert "build succeeded" in build(tmp_path, capsys, 0)
+    assert (tmp_path / "_build" / "html" / "chapter.html").exists()
+
+
+def test_what_a_cell_says_to_stderr_fails_the_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_book(tmp_path, chapter=["import sys; print('hm', file=sys.stderr)"])
+    _, end = build(tmp_path, capsys, 1).split("What went wrong:")
+    assert "stderr was found in the cell outputs of cell 2" in end
+
+
+def test_a_book_with_two_failing_chapters_says_of_each_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both, and the good one beside them, are executed; the end of the output is the whole story."""
+    rate = "rate = 1.25  # measured\nassert rate > 0\n\nassert (\n    rate < 1\n), 'the claim'"
+    loop = "def share(x):\n    return 1 / x\n\n\nshare(0)"
+    make_book(tmp_path, first=["import math", rate, "print('not reached')"], good=["assert 2 > 1"], second=[loop])
+    _, end = build(tmp_path, capsys, 1).split("The book was not built. What went wrong:\n\n")
+    assert end.strip() == (
+        "first.ipynb, cell 2 (counted from 0), which begins\n"
+        "    | rate = 1.25  # measured\n"
+        "    | assert rate > 0\n"
+        "    |\n"
+        "  fails at\n"
+        "    > assert (\n"
+        "    >     rate < 1\n"
+        "    > ), 'the claim'\n"
+        "  with AssertionError\n"
+        "      the claim\n"
+        "      rate < 1\n"
+        "        left side:  1.25\n"
+        "        right side: 1\n"
+        "  To see this one chapter again: make draft CHAPTER=first.ipynb\n"
+        "\n"
+        "second.ipynb, cell 1 (counted from 0), which begins\n"
+        "    | def share(x):\n"
+        "    |     return 1 / x\n"
+        "    |\n"
+        "  fails at\n"
+        "    > return 1 / x\n"
+        "  with ZeroDivisionError\n"
+        "      division by zero\n"
+        "  To see this one chapter again: make draft CHAPTER=second.ipynb"
+    )
+    ran = [file.read_text() for file in (tmp_path / "_build" / "claims").iterdir()]
+    assert len(ran) == 3
+    assert any("assert 2 > 1" in text for text in ran)
 
 
 def test_what_a_kernel_says_of_its_sockets_is_no_trouble() -> None:

@@ -65,6 +65,18 @@ def test_the_comparison_that_decides_is_noted(source: str, left: float, sign: st
     assert [record[name] for name in ("left", "right", "slack")] == pytest.approx([left, right, slack])
 
 
+def test_a_message_can_say_that_a_claim_is_a_theorem() -> None:
+    assert only(run("assert 0.3 < 0.4, 'always: the triangle inequality'"))["certain"]
+    assert not only(run("assert 0.3 < 0.4, 'measured'"))["certain"]
+
+
+def test_what_holds_no_numbers_is_let_be() -> None:
+    leaf = torch.ones(1, requires_grad=True)
+    tests = ["{1} <= {1, 2}", "'a' < 'b'", "[[1], [2, 3]] < [[4]]"]
+    source = "\n".join(["torch.testing.assert_close((x, x), (x, x))", *[f"assert {test}" for test in tests]])
+    assert all("left" not in claim.as_record() for claim in run(source, x=leaf).claims.values())
+
+
 def test_a_loop_keeps_its_tightest_pass() -> None:
     record = only(run("for a in (0.1, 0.4, 0.2):\n    assert a < 0.5"))
     assert (record["times"], record["left"], record["line"]) == (3, 0.4, 2)

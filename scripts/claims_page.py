@@ -1,0 +1,130 @@
+"""A Sphinx extension: tables of what this build's chapters claimed, made after all of them have run.
+
+    ```{claims-table}      every assert of every chapter, with both sides and what is left of the limit
+    ```{claims-summary}    a line a chapter
+
+The numbers are those of this build (`claims.py` wrote them down); beside them stands the least that was left when
+`make portable` last ran the book under other instruction sets and seeds.
+"""
+
+import os
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from chapter_records import ROOT, Record, read
+from docutils import nodes
+from sphinx.util.docutils import SphinxDirective
+
+ELSEWHERE = ROOT / "results" / "portability" / "claims.csv"
+NOTHING = "No claims were recorded: these tables are made by make book."
+
+
+class claims_table(nodes.General, nodes.Element):
+    """Where a table will stand."""
+
+
+class ClaimsTable(SphinxDirective):
+    """`claims-table` and `claims-summary`."""
+
+    def run(self) -> list[nodes.Node]:
+        """A place for the table; which one is said by the directive's name."""
+        return [claims_table(summary=self.name == "claims-summary")]
+
+
+@cache
+def claims() -> list[Record]:
+    """Every claim of this build, with `elsewhere`: the least left under any setting, None when not measured."""
+    folder = os.environ.get("CLAIMS_RECORDS")
+    found = [record for record in read(Path(folder)) if "claim" in record] if folder else []
+    measured = {}
+    if ELSEWHERE.exists():
+        table = pd.read_csv(ELSEWHERE).dropna(subset=["slack"])
+        table = table[table["moves"]]
+        measured = {
+            (row.chapter, row.claim): row.slack for row in table.sort_values("slack", ascending=False).itertuples()
+        }
+    return [record | {"elsewhere": measured.get((record["chapter"], record["claim"]))} for record in found]
+
+
+def share(slack: float | None) -> str:
+    """A slack as a percentage, without a digit more than it deserves."""
+    return "–" if slack is None else f"{100 * slack:.0f} %" if slack >= 0.1 else f"{100 * slack:.2g} %"
+
+
+def cells(record: Record) -> list[nodes.Node]:
+    """A line of the large table."""
+    sides = f"{record['left']:.4g} {record['sign']} {record['right']:.4g}" if "left" in record else "–"
+    claim = nodes.literal(text=record["claim"])
+    return [
+        _text(str(record["cell"])),
+        claim,
+        _text(sides),
+        _text(share(record.get("slack"))),
+        _text(share(record["elsewhere"])),
+    ]
+
+
+def large(link: Any) -> list[nodes.Node]:
+    """A table for every chapter."""
+    made: list[nodes.Node] = []
+    for chapter, group in groupby(claims(), key=lambda record: record["chapter"]):
+        made.append(nodes.rubric("", "", link(chapter)))
+        rows = [cells(record) for record in group]
+        made.append(table(["cell", "claim", "both sides", "left", "elsewhere"], [6, 50, 22, 10, 12], rows))
+    return made or [nodes.paragraph(text=NOTHING)]
+
+
+def summary(link: Any) -> list[nodes.Node]:
+    """A line a chapter: how many asserts, and the least that is left of one whose sides change with the seed."""
+    rows = []
+    for chapter, group in groupby(claims(), key=lambda record: record["chapter"]):
+        records = list(group)
+        moving = [record["elsewhere"] for record in records if record["elsewhere"] is not None]
+        rows.append([link(chapter), _text(str(len(records))), _text(share(min(moving, default=None)))])
+    heads = ["chapter", "asserts", "least left elsewhere"]
+    return [table(heads, [60, 15, 25], rows)] if rows else [nodes.paragraph(text=NOTHING)]
+
+
+def table(heads: list[str], widths: list[int], rows: list[list[nodes.Node]]) -> nodes.table:
+    """A docutils table, in a frame that scrolls on its own where a screen is narrow."""
+    group = nodes.tgroup(cols=len(heads))
+    group += [nodes.colspec(colwidth=width) for width in widths]
+    group += nodes.thead("", _row([_text(head) for head in heads]))
+    group += nodes.tbody("", *[_row(row) for row in rows])
+    return nodes.table("", group, classes=["claims"])
+
+
+def _row(entries: list[nodes.Node]) -> nodes.row:
+    """One row."""
+    return nodes.row("", *[nodes.entry("", nodes.paragraph("", "", entry)) for entry in entries])
+
+
+def _text(text: str) -> nodes.Text:
+    """Plain text."""
+    return nodes.Text(text)
+
+
+def fill(app: Any, doctree: nodes.document, page: str) -> None:
+    """Called when all chapters have been read, before a page is written."""
+
+    def link(chapter: str) -> nodes.Node:
+        target = chapter.removesuffix(".ipynb")
+        title = app.env.titles[target].astext() if target in app.env.titles else chapter
+        if target not in app.env.titles:
+            return nodes.Text(title)
+        return nodes.reference("", title, internal=True, refuri=app.builder.get_relative_uri(page, target))
+
+    for place in list(doctree.findall(claims_table)):
+        place.replace_self((summary if place["summary"] else large)(link))
+
+
+def setup(app: Any) -> dict[str, bool]:
+    """Called by Sphinx."""
+    app.add_node(claims_table)
+    app.add_directive("claims-table", ClaimsTable)
+    app.add_directive("claims-summary", ClaimsTable)
+    app.connect("doctree-resolved", fill)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
