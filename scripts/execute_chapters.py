@@ -4,9 +4,10 @@ A chapter runs in a kernel of its own, in its own folder, as in the build. Here 
 chapter goes on, so that one run finds all of them.
 """
 
-import contextlib
 import os
 import platform
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -14,12 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import nbformat
 from chapter_records import ROOT, Record, listening, read
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
 from tqdm import tqdm
 
+EXECUTE = "from nbclient.cli import main; main()"  # `jupyter execute`, wherever its script may lie
 CELL_SECONDS = 900  # old instructions on a busy machine are slow
 
 
@@ -55,25 +54,22 @@ SEEDS = tuple(Setting(f"seeds+{shift}", shift=shift) for shift in (1000, 2000, 3
 SETTINGS = {setting.name: setting for setting in (ORDINARY, *PROCESSORS, *SEEDS)}
 
 
-def execute(chapter: Path, records: Path, setting: Setting) -> float:
-    """Run one chapter and return its seconds; what it claims and what it dies of is written into `records`."""
-    notebook = nbformat.read(chapter, as_version=4)
+def execute(chapter: Path, setting: Setting, root: Path = ROOT) -> list[Record]:
+    """Run one chapter; what it claims and what it dies of."""
     extra = {"CLAIMS_SURVEY": "1", "CLAIMS_SHIFT": str(setting.shift), "TQDM_DISABLE": "1", **setting.environment}
-    began = time.perf_counter()
-    with listening(records, **extra) as environment:
-        client = NotebookClient(
-            notebook, timeout=CELL_SECONDS, kernel_name="python3", resources={"metadata": {"path": str(chapter.parent)}}
-        )
-        with contextlib.suppress(CellExecutionError):  # told in the records
-            client.execute(env=environment, stdout=_NOWHERE, stderr=_NOWHERE)
-    return time.perf_counter() - began
-
-
-_NOWHERE = os.open(os.devnull, os.O_WRONLY)  # for what kernels say of their sockets
+    command = [sys.executable, "-c", EXECUTE, "--kernel_name=python3", f"--timeout={CELL_SECONDS}", str(chapter)]
+    with tempfile.TemporaryDirectory() as folder, listening(Path(folder), **extra) as environment:
+        finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        records = read(Path(folder), root)
+    if finished.returncode and not any("error" in record for record in records):
+        # The kernel itself has died, or a cell took too long.
+        where = {"chapter": chapter.relative_to(root).as_posix(), "cell": 0, "source": "", "failing": ""}
+        records.append(where | {"error": "no answer", "message": finished.stderr[-500:].strip()})
+    return records
 
 
 def execute_all(
-    chapters: Sequence[Path], setting: Setting, jobs: int | None = None
+    chapters: Sequence[Path], setting: Setting, jobs: int | None = None, root: Path = ROOT
 ) -> tuple[list[Record], dict[str, float]]:
     """Run chapters side by side under a setting.
 
@@ -81,15 +77,16 @@ def execute_all(
         Every record, with its chapter, cell and the name of the setting; and the seconds of each chapter.
     """
     seconds: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=len(chapters), desc=setting.name, unit="chapter") as bar:
+    with tqdm(total=len(chapters), desc=setting.name, unit="chapter") as bar:
 
-        def one(chapter: Path) -> None:
-            name = chapter.relative_to(ROOT).as_posix()
-            seconds[name] = execute(chapter, Path(folder), setting)
+        def one(chapter: Path) -> list[Record]:
+            began = time.perf_counter()
+            records = execute(chapter, setting, root)
+            seconds[chapter.relative_to(root).as_posix()] = time.perf_counter() - began
             bar.set_postfix_str(chapter.stem)
             bar.update()
+            return records
 
         with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-            list(pool.map(one, chapters))
-        records = read(Path(folder))
-    return [record | {"setting": setting.name} for record in records], seconds
+            found = [record for records in pool.map(one, chapters) for record in records]
+    return [record | {"setting": setting.name} for record in found], seconds
