@@ -32,6 +32,7 @@ INTERNAL = {
     "isopo_mini.geometry.microbatch",
     "isopo_mini.geometry.parameter_gradients",
     "isopo_mini.objectives.bookkeeping",
+    "isopo_mini.precision",
 }
 
 

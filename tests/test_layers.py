@@ -9,7 +9,7 @@ LIBRARY = Path(__file__).resolve().parent.parent / "isopo_mini"
 ROOMS = ("tasks", "policies", "geometry", "objectives", "training")
 
 # What a room may import of the library, beside itself. `training` sees all; the others see what flows into them.
-SHARED = {"batch", "checks"}
+SHARED = {"batch", "checks", "precision"}
 ALLOWED = {
     "tasks": SHARED | {"policies"},
     "policies": SHARED,
@@ -18,6 +18,7 @@ ALLOWED = {
     "training": SHARED | {"tasks", "policies", "geometry", "objectives"},
     "batch": {"checks"},
     "checks": set(),
+    "precision": set(),
     "plotting": SHARED | set(ROOMS),
     "exercises": SHARED | set(ROOMS),
     "__init__": SHARED | set(ROOMS),

@@ -193,6 +193,9 @@ def fisher_vector_product(
         # z and J v, both (N, ..., A)
         values, change = functional.directional_derivative(logits, parameters, tangents)
         probs = values.softmax(dim=-1)
+        # Measured from the change of the most probable action: a change that is the same for all then gives exactly 0,
+        # and a rare action's share keeps its digits.
+        change = change - change.gather(-1, probs.argmax(dim=-1, keepdim=True))
         change = probs * (change - (probs * change).sum(dim=-1, keepdim=True))
         _, pull_back = vjp(logits, parameters)  # type: ignore[misc]
         (product,) = pull_back(share.unsqueeze(-1) * change)

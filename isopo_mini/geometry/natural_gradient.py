@@ -4,6 +4,8 @@ solve            P × P matrix            O(P³)            when P is small
 solve_dual       N × N Gram matrix       O(N²P + N³)      when there are few samples
 solve_cg         products F·v only       O(P) memory      when neither fits
 solve_rank_one   one score               O(P)             one sample: Sherman–Morrison
+
+Without damping, and for an F that is singular by construction, as every softmax's is: `solve_singular`, F⁺g.
 """
 
 from collections.abc import Callable
@@ -52,20 +54,85 @@ def solve(fisher: Float[Tensor, "P P"], gradient: Float[Tensor, "P"], damping: f
     _require_numbers("fisher", fisher)
     _require_vector("gradient", gradient, fisher, "fisher", sizes)
     checks.require_at_least("damping", damping, 0)
-    eps = torch.finfo(fisher.dtype).eps
-    largest = fisher.abs().max().item()
-    asymmetry = (fisher - fisher.mT).abs().max().item()
-    if asymmetry > 100 * eps * largest:
-        raise ValueError(f"fisher: expected a symmetric matrix, got entries that differ by {asymmetry:g}")
+    _require_symmetric("fisher", fisher)
     if damping == 0:
         # A Cholesky factor of a singular matrix often exists in floating point, and solves nothing.
         eigenvalues = torch.linalg.eigvalsh(fisher)
-        if eigenvalues[0] <= len(fisher) * eps * eigenvalues[-1]:
+        if eigenvalues[0] <= len(fisher) * torch.finfo(fisher.dtype).eps * eigenvalues[-1]:
             raise ValueError(
                 "damping: expected a number > 0, since fisher is singular "
                 f"(eigenvalues from {eigenvalues[0]:g} to {eigenvalues[-1]:g}), got 0"
             )
     return _solve_positive_definite("fisher + damping · I", _damped(fisher, damping), gradient)
+
+
+def solve_singular(
+    fisher: Float[Tensor, "P P"], gradient: Float[Tensor, "P"], cutoff: float | None = None
+) -> Float[Tensor, "P"]:
+    """Natural gradient F⁺g without damping: of all solutions of F x = g the shortest.
+
+    A pseudo-inverse has to say which eigenvalues are 0 and which only small. In F itself no number tells them apart:
+    a rare action's eigenvalue is as small as its probability. Here F is scaled to a diagonal of ones first,
+    D^−½ F D^−½ with D = diag F. A softmax then has eigenvalues of the order of 1 whatever its probabilities are, and
+    rounding errors, with nothing in between. The solution is refined once and made orthogonal to the null space of F.
+
+    Args:
+        fisher: F, symmetric and positive semi-definite, `(P, P)`. A row whose diagonal entry is 0 must be all zeros.
+        gradient: g, in the range of F, `(P,)`. Every policy gradient is.
+        cutoff: eigenvalues of the scaled matrix below this share of the largest count as 0, and by this share the
+            scaled g may lie outside the range. √ε of the coarser of the two dtypes when None: 1.5e-8 for float64.
+
+    Returns:
+        `(P,)`, computed in double precision.
+
+    Raises:
+        ValueError: shapes disagree, a number is not finite, F is not symmetric or not positive semi-definite, or g is
+            not in the range of F: then no x solves F x = g.
+
+    Example:
+        >>> import torch
+        >>> from isopo_mini.policies import softmax_fisher
+        >>> probs, advantages = torch.tensor([0.9, 0.1]).double(), torch.tensor([0.1, -0.9]).double()
+        >>> solve_singular(softmax_fisher(probs), probs * advantages)  # the advantages less their plain mean
+        tensor([ 0.5000, -0.5000], dtype=torch.float64)
+    """
+    sizes = checks.require_shape("fisher", fisher, "P P")
+    _require_numbers("fisher", fisher)
+    _require_vector("gradient", gradient, fisher, "fisher", sizes)
+    _require_symmetric("fisher", fisher)
+    if cutoff is None:
+        cutoff = max(torch.finfo(fisher.dtype).eps, torch.finfo(gradient.dtype).eps) ** 0.5
+    checks.require_positive("cutoff", cutoff)
+    live = _rows_that_are_not_zero(fisher)
+    matrix, target = fisher.double()[live][:, live], gradient.double()[live, None]
+    root = matrix.diagonal().rsqrt()[:, None]  # D^−½
+    eigenvalues, vectors = torch.linalg.eigh(root * matrix * root.mT)
+    limit = cutoff * eigenvalues.abs().max().item() if len(eigenvalues) else 0.0
+    if (eigenvalues < -limit).any():
+        raise ValueError(
+            "fisher: expected a positive semi-definite matrix, "
+            f"got smallest eigenvalue {eigenvalues[0].item():g} when scaled to a diagonal of ones"
+        )
+    kept = eigenvalues > limit
+    basis = vectors[:, kept] / eigenvalues[kept].sqrt()
+
+    def solved(columns: Tensor) -> Tensor:
+        """D^−½ (D^−½ F D^−½)⁺ D^−½, applied."""
+        return root * (basis @ (basis.mT @ (root * columns)))
+
+    x, null = solved(target), root * vectors[:, ~kept]
+    # An eigenvector is right in proportion to its largest entry. What is left over is right entry by entry.
+    x, null = x + solved(target - matrix @ x), null - solved(matrix @ null)
+    outside = (root * (target - matrix @ x)).norm() / (root * target).norm().clamp_min(torch.finfo(root.dtype).tiny)
+    if outside > cutoff or gradient[~live].any():
+        raise ValueError(
+            "gradient: expected a vector in the range of fisher, so that F x = gradient has a solution, got one of "
+            f"which the share {outside.item():.1e} is outside (scaled by diag fisher), "
+            f"and {int(gradient[~live].count_nonzero())} entries belong to rows of zeros"
+        )
+    orthonormal, _ = torch.linalg.qr(null)
+    shortest = x - orthonormal @ (orthonormal.mT @ x)
+    return torch.zeros_like(gradient).masked_scatter(live, shortest[:, 0].to(gradient.dtype))
 
 
 def solve_dual(scores: Float[Tensor, "N P"], advantages: Float[Tensor, "N"], damping: float) -> Float[Tensor, "P"]:
@@ -191,6 +258,25 @@ def _require_vector(
     checks.require_shape(name, vector, axis, sizes)
     _require_numbers(name, vector)
     checks.require_same_device(name, vector, other_name, other)
+
+
+def _require_symmetric(name: str, matrix: Tensor) -> None:
+    """A matrix equal to its transpose, up to rounding."""
+    asymmetry = (matrix - matrix.mT).abs().max().item()
+    if asymmetry > 100 * torch.finfo(matrix.dtype).eps * matrix.abs().max().item():
+        raise ValueError(f"{name}: expected a symmetric matrix, got entries that differ by {asymmetry:g}")
+
+
+def _rows_that_are_not_zero(fisher: Tensor) -> Tensor:
+    """Where diag F > 0, `(P,)`; where it is 0, the whole row of a positive semi-definite matrix is."""
+    diagonal = fisher.diagonal()
+    live = diagonal > 0
+    if (diagonal < 0).any() or fisher[~live].any():
+        raise ValueError(
+            "fisher: expected a positive semi-definite matrix, got a diagonal entry "
+            f"{diagonal.min().item():g} in a row that is not zero"
+        )
+    return live
 
 
 def _damped(matrix: Tensor, damping: float) -> Tensor:

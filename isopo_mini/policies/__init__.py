@@ -4,7 +4,7 @@ from isopo_mini.policies.categorical import CategoricalPolicy
 from isopo_mini.policies.checkpoints import load_policy, read_origin, save_policy
 from isopo_mini.policies.mlp import MLP
 from isopo_mini.policies.sampling import Sampled
-from isopo_mini.policies.softmax import LinearSoftmax, TabularSoftmax
+from isopo_mini.policies.softmax import LinearSoftmax, TabularSoftmax, softmax_fisher
 from isopo_mini.policies.transformer import CausalTransformer
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "load_policy",
     "read_origin",
     "save_policy",
+    "softmax_fisher",
 ]

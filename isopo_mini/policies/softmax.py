@@ -6,6 +6,31 @@ from torch import Tensor, nn
 
 from isopo_mini import checks
 from isopo_mini.policies.categorical import CategoricalPolicy
+from isopo_mini.precision import at_least_float32
+
+
+def softmax_fisher(probs: Float[Tensor, "*B A"]) -> Float[Tensor, "*B A A"]:
+    """Fisher matrix of a softmax in its logits, diag π − ππᵀ, singular as it must be: its rows sum to zero.
+
+    Each diagonal entry is minus the sum of its row's other entries. Written as π − π² it would lose its digits where
+    one action takes nearly all the probability, and with them the direction in which nothing changes: a constant
+    added to all logits.
+
+    Args:
+        probs: π, probabilities along the last axis, `(..., A)`.
+
+    Returns:
+        `(..., A, A)`, in at least single precision, differentiable.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+    """
+    checks.require_shape("probs", probs, "... A")
+    checks.require_floating("probs", probs)
+    probs = at_least_float32(probs)
+    diagonal = torch.eye(probs.shape[-1], dtype=torch.bool, device=probs.device)
+    others = (-probs[..., :, None] * probs[..., None, :]).masked_fill(diagonal, 0.0)
+    return others - torch.diag_embed(others.sum(dim=-1))
 
 
 class TabularSoftmax(CategoricalPolicy):

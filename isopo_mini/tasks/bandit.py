@@ -13,6 +13,7 @@ from torch import Tensor
 from isopo_mini import checks
 from isopo_mini.batch import Batch
 from isopo_mini.policies.categorical import CategoricalPolicy
+from isopo_mini.policies.softmax import softmax_fisher
 
 
 class ContextualBandit:
@@ -93,13 +94,24 @@ class ContextualBandit:
     def expected_return(self, policy: CategoricalPolicy) -> Float[Tensor, ""]:
         """J = Σ_c d_c Σ_a π(a|c) r_ca, differentiable: `.backward()` gives ∇J of any policy."""
         probs = self.log_policy(policy).exp()
-        return (self.context_probs[:, None] * probs * self.mean_rewards).sum()
+        likeliest, relative = self._relative_rewards(probs)
+        return (self.context_probs * (likeliest + (probs * relative).sum(dim=1))).sum()
 
     @torch.no_grad()
     def advantages(self, policy: CategoricalPolicy) -> Float[Tensor, "C K"]:
         """A_ca = r_ca − V_c with V_c = Σ_b π(b|c) r_cb, `(C, K)`."""
         probs = self.log_policy(policy).exp()
-        return self.mean_rewards - (probs * self.mean_rewards).sum(dim=1, keepdim=True)
+        _, relative = self._relative_rewards(probs)
+        return relative - (probs * relative).sum(dim=1, keepdim=True)
+
+    def _relative_rewards(self, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean reward of each context's most probable arm `(C,)`, and all rewards measured from it `(C, K)`.
+
+        Where one arm takes nearly all the probability, its advantage and its part of ∇J are as small as the others
+        are rare. Measured from 0 they would be differences of nearly equal numbers, with no digit left.
+        """
+        likeliest = self.mean_rewards.gather(1, probs.detach().argmax(dim=1, keepdim=True))
+        return likeliest[:, 0], self.mean_rewards - likeliest
 
     @torch.no_grad()
     def logit_gradient(self, policy: CategoricalPolicy) -> Float[Tensor, "C K"]:
@@ -114,8 +126,7 @@ class ContextualBandit:
         constant to the logits of a context does not change the policy.
         """
         probs = self.log_policy(policy).exp()
-        blocks = torch.diag_embed(probs) - probs[:, :, None] * probs[:, None, :]  # (C, K, K)
-        return torch.block_diag(*(self.context_probs[:, None, None] * blocks))
+        return torch.block_diag(*(self.context_probs[:, None, None] * softmax_fisher(probs)))
 
     @torch.no_grad()
     def policy_gradient(self, policy: CategoricalPolicy) -> Float[Tensor, "P"]:
