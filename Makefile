@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help book test portable margins lab serve draft lint format lock clean
+.PHONY: help book test portable changed margins lab serve draft lint format lock clean
 
 help:  ## List these commands
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{ printf "make %-8s %s\n", $$1, $$2 }'
@@ -33,6 +33,9 @@ test: $(INSTALLED)  ## Run all tests
 portable: $(INSTALLED)  ## Run every chapter as on other processors and with other seeds (about 45 minutes)
 	@echo "Running every chapter under every setting of scripts/execute_chapters.py; a failing claim does not stop it"
 	$(BIN)/python scripts/portable.py
+
+changed: $(INSTALLED)  ## Run what changed since the last version as on one other processor or with other seeds
+	$(BIN)/python scripts/portable.py --changed
 
 margins: $(INSTALLED)  ## Run every chapter with four sets of seeds: by how much does each claim hold?
 	@echo "Running every chapter with four sets of seeds; every claim and its margin goes to _build/margins.csv"
