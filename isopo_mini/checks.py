@@ -97,7 +97,7 @@ def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 def require_probabilities(name: str, probs: Tensor, axes: tuple[str, ...] = ()) -> None:
     """The last axis holds probabilities, up to rounding; the error names the row by `axes`, such as ("state",)."""
     sums, smallest = probs.sum(dim=-1), probs.amin(dim=-1)
-    bad = ((sums - 1).abs() > 1e-5) | ~(smallest >= -1e-12)
+    bad = ((sums - 1).abs() > 1.001e-5) | ~(smallest >= -1e-12)  # five digits, 0.33333 three times, whatever the order
     if not bad.any():
         return
     index = tuple(bad.nonzero()[0].tolist()) if axes else ()

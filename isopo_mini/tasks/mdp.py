@@ -16,7 +16,8 @@ from torch import Tensor
 from isopo_mini import checks
 from isopo_mini.batch import Batch
 from isopo_mini.policies.categorical import CategoricalPolicy
-from isopo_mini.tasks.value_iteration import Optimum, fixed_point
+from isopo_mini.policies.softmax import softmax_fisher
+from isopo_mini.tasks.value_iteration import Optimum, fixed_point, policy_iteration
 
 
 class MDP:
@@ -24,6 +25,10 @@ class MDP:
 
     Everything that takes `probs` is differentiable in them, and takes other `rewards` than the process's own,
     for instance those of a constraint.
+
+    Probabilities that sum to 1 within 1e-5, such as 0.33333 three times or any in float32, are taken as rounded: they
+    are kept in float64 and divided by their sum, for what a row lacks is lost at each step, 1/(1−γ) steps long. That
+    goes for `transitions`, `initial_probs` and every `probs`. Derivatives in `probs` treat the sum as a constant.
 
     Args:
         transitions: P(s'|s, a), `(S, A, S)`; each row `transitions[s, a]` sums to 1.
@@ -69,10 +74,9 @@ class MDP:
         checks.require_at_least("discount", discount, 0)
         if discount >= 1:
             raise ValueError(f"discount: expected a number < 1, got {discount}")
-        checks.require_probabilities("transitions", transitions, ("state", "action"))
-        checks.require_probabilities("initial_probs", initial_probs, ())
-        self.transitions, self.rewards = transitions.double(), rewards.double()
-        self.initial_probs, self.discount = initial_probs.double(), float(discount)
+        self.transitions = _laws("transitions", transitions, ("state", "action"))
+        self.initial_probs = _laws("initial_probs", initial_probs)
+        self.rewards, self.discount = rewards.double(), float(discount)
         self.num_states, self.num_actions = sizes["S"], sizes["A"]
 
     def log_policy(self, policy: CategoricalPolicy) -> Float[Tensor, "S A"]:
@@ -92,14 +96,14 @@ class MDP:
             return self.rewards
         checks.require_shape("rewards", rewards, "S A", {"S": self.num_states, "A": self.num_actions})
         checks.require_floating("rewards", rewards)
+        checks.require_finite("rewards", rewards)
         return rewards.double()
 
     def _checked(self, probs: Tensor) -> Tensor:
-        """A policy of this process's size, in float64."""
+        """A policy of this process's size, in float64, each row with sum 1."""
         checks.require_shape("probs", probs, "S A", {"S": self.num_states, "A": self.num_actions})
         checks.require_floating("probs", probs)
-        checks.require_probabilities("probs", probs.detach(), ("state",))
-        return probs.double()
+        return _laws("probs", probs, ("state",))
 
     def policy_transitions(self, probs: Float[Tensor, "S A"]) -> Float[Tensor, "S S"]:
         """P_π(s'|s) = Σ_a π(a|s) P(s'|s, a), `(S, S)`."""
@@ -118,12 +122,18 @@ class MDP:
 
     def values(self, probs: Float[Tensor, "S A"], rewards: Float[Tensor, "S A"] | None = None) -> Float[Tensor, "S"]:
         """V = (I − γP_π)⁻¹ r_π, `(S,)`."""
-        return torch.linalg.solve(self._resolvent(probs), self.policy_rewards(probs, rewards))
+        rewards = self.policy_rewards(probs, rewards)
+        mean = rewards.mean()
+        plain, rest = torch.linalg.solve(self._resolvent(probs), torch.stack([rewards, rewards - mean], dim=1)).T
+        # Where every step pays c, V is c/(1−γ) whatever rounding does to rows that sum to 1. The plain solve does not
+        # know that, but its derivative is the one for rows of any sum.
+        return plain + (mean / (1 - self.discount) + rest - plain).detach()
 
     def bellman(self, values: Float[Tensor, "S"], rewards: Float[Tensor, "S A"] | None = None) -> Float[Tensor, "S A"]:
         """r(s, a) + γ Σ_s' P(s'|s, a) V(s'), `(S, A)`: what an action is worth when V is what follows."""
         checks.require_shape("values", values, "S", {"S": self.num_states})
-        return self._own(rewards) + self.discount * (self.transitions @ values)
+        checks.require_floating("values", values)
+        return self._own(rewards) + self.discount * (self.transitions @ values.double())
 
     def action_values(
         self, probs: Float[Tensor, "S A"], rewards: Float[Tensor, "S A"] | None = None
@@ -134,9 +144,13 @@ class MDP:
     def advantages(
         self, probs: Float[Tensor, "S A"], rewards: Float[Tensor, "S A"] | None = None
     ) -> Float[Tensor, "S A"]:
-        """A(s, a) = Q(s, a) − V(s), `(S, A)`."""
-        values = self.values(probs, rewards)
-        return self.bellman(values, rewards) - values[:, None]
+        """A(s, a) = Q(s, a) − V(s), `(S, A)`, with V(s) = Σ_b π(b|s) Q(s, b)."""
+        action_values, probs = self.action_values(probs, rewards), self._checked(probs)
+        # Measured from the most probable action. Where it takes nearly all the probability its own advantage is as
+        # small as the others are rare, and Q − V would leave of it no more than the rounding error of V.
+        likeliest = probs.detach().argmax(dim=1, keepdim=True)
+        relative = action_values - action_values.gather(1, likeliest)
+        return relative - (probs * relative).sum(dim=1, keepdim=True)
 
     def expected_return(
         self, probs: Float[Tensor, "S A"], rewards: Float[Tensor, "S A"] | None = None
@@ -146,11 +160,12 @@ class MDP:
 
     def visitation(self, probs: Float[Tensor, "S A"]) -> Float[Tensor, "S"]:
         """d_s = (1−γ) Σ_t γ^t P(s_t = s), that is d = (1−γ)(I − γP_πᵀ)⁻¹ μ, `(S,)`; it sums to 1."""
-        return (1 - self.discount) * torch.linalg.solve(self._resolvent(probs).T, self.initial_probs)
+        visits = torch.linalg.solve(self._resolvent(probs).T, self.initial_probs)
+        return visits / visits.detach().sum()  # 1/(1−γ), up to the rounding of the solve
 
     def occupancy(self, probs: Float[Tensor, "S A"]) -> Float[Tensor, "S A"]:
         """d_s π(a|s), `(S, A)`; it sums to 1, and J is its inner product with r, divided by 1 − γ."""
-        return self.visitation(probs)[:, None] * probs.double()
+        return self.visitation(probs)[:, None] * self._checked(probs)
 
     def stationary(self, probs: Float[Tensor, "S A"]) -> Float[Tensor, "S"]:
         """The law x = P_πᵀ x that the chain keeps, `(S,)`. No discount.
@@ -184,15 +199,15 @@ class MDP:
         Rows run as `TabularSoftmax` flattens its table: state by state. It is singular, since adding a constant to
         the logits of a state does not change the policy.
         """
-        visitation, probs = self.visitation(probs), probs.double()
-        blocks = torch.diag_embed(probs) - probs[:, :, None] * probs[:, None, :]  # (S, A, A)
-        return torch.block_diag(*(visitation[:, None, None] * blocks))
+        blocks = softmax_fisher(self._checked(probs))  # (S, A, A)
+        return torch.block_diag(*(self.visitation(probs)[:, None, None] * blocks))
 
     @torch.no_grad()
     def value_iteration(self, tolerance: float = 1e-12, *, rewards: Float[Tensor, "S A"] | None = None) -> Optimum:
         """V ← max_a (r + γPV) until V is within `tolerance` of V*, then the greedy policy, evaluated exactly.
 
-        Of equally good actions the greedy policy takes the first; rounding may decide which are equal.
+        Of equally good actions the greedy policy takes the first; rounding may decide which are equal. Near γ = 1 it
+        can take 1/(1−γ) times more steps than `policy_iteration` takes solves.
         """
         rewards = self._own(rewards)
         bound = rewards.abs().max().item()
@@ -205,6 +220,18 @@ class MDP:
         probs = torch.zeros_like(self.rewards).scatter(1, best, 1.0)
         values = self.values(probs, rewards)
         return Optimum(values, self.bellman(values, rewards), probs)
+
+    @torch.no_grad()
+    def policy_iteration(self, *, rewards: Float[Tensor, "S A"] | None = None) -> Optimum:
+        """The same optimum as `value_iteration`, by evaluating a handful of policies: fast at any γ.
+
+        Of equally good actions the policy keeps the one it has; it begins with the highest reward, the first of equals.
+        """
+        own = self._own(rewards)
+        highest = torch.zeros_like(own).scatter(1, own.argmax(dim=1, keepdim=True), 1.0)
+        return policy_iteration(
+            lambda probs: self.values(probs, own), lambda values: self.bellman(values, own), highest
+        )
 
     @torch.no_grad()
     def soft_value_iteration(
@@ -280,8 +307,17 @@ class MDP:
     def evaluate(self, policy: CategoricalPolicy) -> dict[str, float]:
         """Exact J as "return", the best possible J as "optimum", and their difference as "gap"."""
         value = self.expected_return(self.log_policy(policy).exp()).item()
-        optimum = (self.initial_probs @ self.value_iteration().values).item()
+        optimum = (self.initial_probs @ self.policy_iteration().values).item()
         return {"return": value, "optimum": optimum, "gap": optimum - value}
+
+
+def _laws(name: str, probs: Tensor, axes: tuple[str, ...] = ()) -> Tensor:
+    """Probabilities along the last axis, in float64, divided by their sum; the derivative leaves the sum out."""
+    checks.require_probabilities(name, probs.detach().double(), axes)
+    laws = probs.double().clamp(min=0)  # what was below 0 was rounding
+    total = laws.detach().sum(dim=-1, keepdim=True)
+    exact = (total - 1).abs() <= 4 * torch.finfo(torch.float64).eps  # as it can be: dividing again would move it about
+    return laws / torch.where(exact, 1.0, total)
 
 
 def npg_step(
@@ -293,4 +329,4 @@ def npg_step(
     What Q and A differ by is constant in a state, and softmax does not see it.
     """
     advantages = mdp.advantages(probs, rewards)
-    return (probs.double().log() + step_size * advantages / (1 - mdp.discount)).softmax(dim=1)
+    return (probs.double().clamp(min=0).log() + step_size * advantages / (1 - mdp.discount)).softmax(dim=1)
