@@ -1,5 +1,6 @@
 """The linear program against value iteration, against its own dual, and against constraints solved on paper."""
 
+import time
 from typing import Any
 
 import pytest
@@ -37,10 +38,10 @@ def costs(mdp: MDP, seed: int = 0) -> Tensor:
 def test_without_constraints_it_is_value_iteration(instance: dict[str, Any]) -> None:
     mdp = random_mdp(**instance)
     solution, best = solve_linear_program(mdp), mdp.value_iteration()
-    torch.testing.assert_close(solution.value, mdp.initial_probs @ best.values, rtol=0, atol=1e-8)
+    torch.testing.assert_close(solution.value, mdp.initial_probs @ best.values, rtol=0, atol=1e-12)
     assert solution.multipliers.shape == (0,)
     # Every state is a first state, so all are visited, and no policy is better in any of them.
-    torch.testing.assert_close(mdp.values(solution.probs), best.values, rtol=0, atol=1e-7)
+    torch.testing.assert_close(mdp.values(solution.probs), best.values, rtol=0, atol=1e-11)
 
 
 @quick
@@ -56,13 +57,79 @@ def test_constrained_optimum_meets_the_optimality_conditions(instance: dict[str,
     probs, multiplier = solution.probs, solution.multipliers[0]
     assert multiplier >= 0
     reached = mdp.expected_return(probs, rewards)
-    assert reached >= bound - 1e-8
-    assert (multiplier * (reached - bound)).abs() < 1e-7 * (1 + multiplier)
-    torch.testing.assert_close(mdp.expected_return(probs), solution.value, rtol=0, atol=1e-8)
-    torch.testing.assert_close(mdp.occupancy(probs), solution.occupancy, rtol=0, atol=1e-8)
+    assert reached >= bound - 1e-11
+    assert (multiplier * (reached - bound)).abs() < 1e-11 * (1 + multiplier)
+    assert torch.equal(mdp.expected_return(probs), solution.value)
+    assert torch.equal(mdp.occupancy(probs), solution.occupancy)
     mixed = mdp.rewards + multiplier * rewards
     dual = mdp.initial_probs @ mdp.value_iteration(rewards=mixed).values - multiplier * bound
-    torch.testing.assert_close(dual, solution.value, rtol=0, atol=1e-7 * (1 + multiplier.item()))
+    torch.testing.assert_close(dual, solution.value, rtol=0, atol=1e-10 * (1 + multiplier.item()))
+
+
+@pytest.mark.parametrize("discount", [0.5, 0.99, 0.999, 0.9999])
+@pytest.mark.parametrize("seed", range(3))
+def test_exact_at_any_discount(discount: float, seed: int) -> None:
+    """The solver alone misses bound and value by up to 1e-10/(1−γ)², 1e-3 here. Rounding may: eps/(1−γ)²."""
+    mdp = random_mdp(20, 3, discount=discount, seed=seed, concentration=0.3)
+    rewards, rounding = costs(mdp, seed), 10 * 2.2e-16 / (1 - discount) ** 2
+    best = mdp.policy_iteration()
+    free = solve_linear_program(mdp)
+    torch.testing.assert_close(free.value, mdp.initial_probs @ best.values, rtol=0, atol=rounding)
+    low = mdp.expected_return(best.probs, rewards)
+    high = mdp.initial_probs @ mdp.policy_iteration(rewards=rewards).values
+    bound = ((low + high) / 2).item()
+    solution = solve_linear_program(mdp, [(rewards, bound)])
+    assert (solution.probs > 0).sum() == 21  # deterministic but for one state: the constraint binds
+    assert mdp.expected_return(solution.probs, rewards).item() == pytest.approx(bound, rel=0, abs=rounding)
+    assert torch.equal(mdp.expected_return(solution.probs), solution.value)
+    mixed = mdp.rewards + solution.multipliers * rewards  # any price bounds J from above; λ leaves no gap
+    dual = mdp.initial_probs @ mdp.policy_iteration(rewards=mixed).values - solution.multipliers[0] * bound
+    torch.testing.assert_close(dual, solution.value, rtol=0, atol=rounding)
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e-12, 1e12, 1e30])
+def test_units_of_rewards_and_costs(unit: float) -> None:
+    """The solver's tolerances are absolute: rewards of 1e-12 would all be the same to it."""
+    mdp = random_mdp(6, 3, discount=0.9, seed=0)
+    low = mdp.expected_return(mdp.policy_iteration().probs, costs(mdp)).item()
+    one = solve_linear_program(mdp, [(costs(mdp), low + 0.3)])
+    other = MDP(mdp.transitions, unit * mdp.rewards, discount=0.9)
+    for solution in (
+        solve_linear_program(other, [(costs(mdp), low + 0.3)]),
+        solve_linear_program(other, [(costs(mdp) / unit, (low + 0.3) / unit)]),
+    ):
+        torch.testing.assert_close(solution.probs, one.probs, rtol=0, atol=1e-11)
+        torch.testing.assert_close(solution.value, unit * one.value, rtol=1e-12, atol=0)
+    torch.testing.assert_close(solution.multipliers, unit**2 * one.multipliers, rtol=1e-10, atol=0)
+
+
+def test_a_bound_that_the_best_policy_just_meets() -> None:
+    """At γ = 0.9999 rounding moves J by more than 1e-10: what is reachable on paper must not be called infeasible."""
+    for seed in range(5):
+        mdp = random_mdp(10, 3, discount=0.9999, seed=seed)
+        best = mdp.policy_iteration(rewards=costs(mdp))
+        bound = mdp.expected_return(best.probs, costs(mdp))
+        solution = solve_linear_program(mdp, [(costs(mdp), bound.item())])
+        torch.testing.assert_close(mdp.expected_return(solution.probs, costs(mdp)), bound, rtol=1e-11, atol=0)
+
+
+def test_constraints_that_say_the_same() -> None:
+    """Their prices are not determined, their sum is."""
+    mdp = random_mdp(5, 3, discount=0.9, seed=1)
+    bound = mdp.expected_return(mdp.policy_iteration().probs, costs(mdp)).item() + 0.3
+    once = solve_linear_program(mdp, [(costs(mdp), bound)])
+    twice = solve_linear_program(mdp, [(costs(mdp), bound)] * 2)
+    torch.testing.assert_close(twice.value, once.value, rtol=1e-9, atol=0)
+    torch.testing.assert_close(twice.multipliers.sum(), once.multipliers.sum(), rtol=1e-6, atol=0)
+
+
+def test_three_hundred_states_take_seconds() -> None:
+    """Presolved and dense it took a minute and a half. The limit leaves room for a slow machine."""
+    mdp = random_mdp(300, 10, discount=0.99, seed=0)
+    start = time.perf_counter()
+    solution = solve_linear_program(mdp)
+    assert time.perf_counter() - start < 30
+    torch.testing.assert_close(solution.value, mdp.initial_probs @ mdp.policy_iteration().values, rtol=1e-12, atol=0)
 
 
 def test_multipliers_are_the_price_of_the_bounds() -> None:
@@ -126,3 +193,7 @@ class TestBadInput:
             solve_linear_program(bandit(1.0, 0.0), [(torch.zeros(1, 2), 0.0), (torch.zeros(2), 0.0)])
         with pytest.raises(ValueError, match=r"constraints\[0\]: expected finite numbers, got nan"):
             solve_linear_program(bandit(1.0, 0.0), [(torch.full((1, 2), torch.nan), 0.0)])
+        with pytest.raises(ValueError, match=r"constraints\[0\], its bound: expected finite numbers, got nan"):
+            solve_linear_program(bandit(1.0, 0.0), [(torch.zeros(1, 2), float("nan"))])
+        with pytest.raises(TypeError, match=r"constraints\[0\]: expected a floating-point tensor, got torch.int64"):
+            solve_linear_program(bandit(1.0, 0.0), [(torch.zeros(1, 2, dtype=torch.int64), 0.0)])
