@@ -19,6 +19,7 @@ from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
 ELSEWHERE = ROOT / "results" / "portability" / "claims.csv"
+SIGNS = {"<": "<", ">": ">", "<=": "≤", ">=": "≥"}
 NOTHING = "No claims were recorded: these tables are made by make book."
 
 
@@ -56,7 +57,7 @@ def share(slack: float | None) -> str:
 
 def cells(record: Record) -> list[nodes.Node]:
     """A line of the large table."""
-    sides = f"{record['left']:.4g} {record['sign']} {record['right']:.4g}" if "left" in record else "–"
+    sides = f"{record['left']:.4g} {SIGNS[record['sign']]} {record['right']:.4g}" if "left" in record else "–"
     claim = nodes.literal(text=record["claim"])
     return [
         _text(str(record["cell"])),
@@ -89,7 +90,7 @@ def summary(link: Any) -> list[nodes.Node]:
 
 
 def table(heads: list[str], widths: list[int], rows: list[list[nodes.Node]]) -> nodes.table:
-    """A docutils table, in a frame that scrolls on its own where a screen is narrow."""
+    """A docutils table; the theme lets it scroll on its own where a screen is narrow."""
     group = nodes.tgroup(cols=len(heads))
     group += [nodes.colspec(colwidth=width) for width in widths]
     group += nodes.thead("", _row([_text(head) for head in heads]))
