@@ -44,7 +44,7 @@ def supervised_warm_start(
         batch_size: prompts a step.
         max_steps: give up after so many.
         generator: source of the prompts, on the policy's device; torch's global one when None.
-        progress: show a bar, once it has lasted two seconds.
+        progress: show a bar, once it has lasted two seconds and unless the environment says TQDM_DISABLE=1.
 
     Returns:
         `steps` taken, and what `task.evaluate` says at the end: `return`, `greedy`.
@@ -63,13 +63,16 @@ def supervised_warm_start(
         return {"steps": 0.0, **result}
     device, dtype = policy.head.weight.device, policy.head.weight.dtype
     optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate)
-    for step in tqdm(range(1, max_steps + 1), desc="warm start", disable=not progress, delay=2):
+    optimizer.zero_grad()  # of what a caller left
+    numbers = range(1, max_steps + 1)
+    # Without `disable=`, which would win over the variable TQDM_DISABLE of whoever runs this.
+    for step in tqdm(numbers, desc="warm start", delay=2) if progress else numbers:
         batch = task.supervised(task.prompts(batch_size, generator=generator, device=device), dtype=dtype)
         log_probs = policy.log_prob(batch)
-        optimizer.zero_grad()
         (-log_probs.sum() / batch.mask.sum()).backward()
         before = [parameter.detach().clone() for parameter in policy.parameters()]
         optimizer.step()
+        optimizer.zero_grad()  # so that nothing is left for a caller to take for its own
         # The batch says for nothing how often the policy is right about it; only near the goal is it evaluated.
         near = log_probs.detach().sum(dim=1).exp().mean().item() >= until_accuracy / 2
         if near and task.evaluate(policy)["return"] >= until_accuracy:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from isopo_mini import checks
 from isopo_mini.batch import Batch
 from isopo_mini.training import diagnostics
+from isopo_mini.training.repeatable import repeatable
 
 COLUMNS = ("step", "samples", "actions", "backward_passes", "seconds", "reward", "entropy", "kl")
 
@@ -56,7 +57,8 @@ def train(
     """Train the policy in place: `steps` times sample a batch, let the rule use it once, and measure.
 
     Args:
-        policy: has `logits(observations)`; its parameters are changed.
+        policy: has `logits(observations)`; its parameters are changed. Two evaluations must agree, here and in every
+            rule, so dropout must be off: call `policy.eval()` first.
         task: see `Task`.
         rule: see `UpdateRule`.
         optimizer: of the policy's parameters.
@@ -65,7 +67,7 @@ def train(
             the column "seconds" apart.
         sequences_per_step: sequences S in every batch.
         evaluate_every: evaluate after every so many iterations, and after the last; NaN in between.
-        progress: show a bar, once the run has lasted two seconds.
+        progress: show a bar, once the run has lasted two seconds and unless the environment says TQDM_DISABLE=1.
 
     Returns:
         One row an iteration:
@@ -80,8 +82,8 @@ def train(
 
     Raises:
         TypeError: the task or rule lacks a method, or one returns something else than it should.
-        ValueError: a count is below 1, the optimizer holds no trainable parameter of the policy, or two columns have
-            one name.
+        ValueError: a count is below 1, the optimizer holds no trainable parameter of the policy, two columns have one
+            name, or the policy's logits are random, as under dropout in training mode; names the module.
         FloatingPointError: a parameter is not finite after a step; says which and when.
     """
     for name, count in {
@@ -96,7 +98,9 @@ def train(
     generator = torch.Generator(device).manual_seed(seed)
     rows: list[dict[str, float]] = []
     samples, actions, backward_passes, seconds = 0, 0, 0.0, 0.0
-    for step in tqdm(range(1, steps + 1), desc=type(rule).__name__, disable=not progress, delay=2):
+    numbers = range(1, steps + 1)
+    # Without `disable=`, which would win over the variable TQDM_DISABLE of whoever runs this.
+    for step in tqdm(numbers, desc=type(rule).__name__, delay=2) if progress else numbers:
         started = _now(device)
         batch = task.sample(policy, sequences_per_step, generator=generator)
         seconds += _now(device) - started
@@ -130,7 +134,7 @@ def train(
 @torch.no_grad()
 def _logits(policy: Any, batch: Batch) -> Tensor:
     """The policy's logits (S, T, A) at the batch's observations, without gradient."""
-    return policy.logits(batch.observations)
+    return repeatable(policy, lambda: policy.logits(batch.observations))
 
 
 def _now(device: torch.device) -> float:

@@ -14,6 +14,7 @@ from isopo_mini.batch import Batch
 from isopo_mini.geometry import fisher, natural_gradient
 from isopo_mini.objectives.losses import LOSSES, Loss
 from isopo_mini.training import diagnostics
+from isopo_mini.training.repeatable import log_prob
 from isopo_mini.training.rule_parts import (
     UNITS,
     Advantages,
@@ -23,6 +24,7 @@ from isopo_mini.training.rule_parts import (
     at_positions,
     batch_advantages,
     centred_advantages,
+    clear_gradients,
     finish,
     standardised_advantages,
     weigh,
@@ -60,7 +62,8 @@ class ClippedSurrogate:
         **options: of the loss, for example `dialect="trl"` of cispo.
 
     Raises:
-        ValueError: a name is unknown, a count is below 1, or the loss does not take an option.
+        ValueError: a name is unknown, a count is below 1, or the loss does not take an option. In `step`: the policy's
+            log-probabilities are random; see `repeatable`.
         FloatingPointError: in `step`: a log-probability is not finite, after the batch's earlier optimizer steps.
     """
 
@@ -111,14 +114,14 @@ class ClippedSurrogate:
         reports: list[dict[str, float]] = []
         for _ in range(self.epochs):
             for part, of_part in self._deal(batch, advantages):
-                log_probs = policy.log_prob(part)
+                log_probs = log_prob(policy, part)
                 if not torch.isfinite(log_probs).all():
                     raise FloatingPointError(
                         f"log_probs: expected finite numbers, got inf or nan after {len(reports)} optimizer steps on "
                         "this batch; try a smaller step size"
                     )
                 loss, metrics = self.loss(log_probs, part.log_probs, of_part, part.mask, **self.options)
-                optimizer.zero_grad()
+                clear_gradients(policy, optimizer)
                 loss.backward()
                 reports.append(metrics)
                 common = finish(policy, optimizer, self.epochs)
@@ -156,7 +159,7 @@ class TrustRegion:
             over its actions.
 
     Raises:
-        ValueError: an option is out of range.
+        ValueError: an option is out of range. In `step`: the policy's log-probabilities are random; see `repeatable`.
 
     Source: Schulman et al., *Trust region policy optimization*, arXiv 1502.05477, section 6 and appendix C. There the
     averages are over state-action pairs, which is the unit "step" here.
@@ -191,7 +194,7 @@ class TrustRegion:
         def product(vector: Tensor) -> Tensor:
             return per_unit * fisher.fisher_vector_product(policy, batch.observations, vector, mask=batch.mask)
 
-        optimizer.zero_grad()
+        clear_gradients(policy, optimizer)
         accumulate(policy, batch, weights)
         direction, convergence = natural_gradient.solve_cg(
             product, -diagnostics.flat_gradient(policy), self.damping, self.max_iterations, self.tolerance

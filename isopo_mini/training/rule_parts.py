@@ -17,6 +17,7 @@ from isopo_mini import checks
 from isopo_mini.batch import Batch
 from isopo_mini.objectives.advantages import group_advantages, leave_one_out
 from isopo_mini.training import diagnostics
+from isopo_mini.training.repeatable import log_prob
 
 UNITS = ("sequence", "step", "token")
 Advantages = Callable[[Batch], Tensor]
@@ -111,12 +112,21 @@ def spread_order(batch: Batch) -> Int[Tensor, "S"]:
     return members_before.argsort(stable=True)
 
 
+def clear_gradients(policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Forget what was left in `.grad`: of all that the optimizer holds, and of every parameter of the policy.
+
+    A rule reads the gradient of the whole policy, so what is left in a parameter that the optimizer does not hold would
+    be taken for a part of it.
+    """
+    optimizer.zero_grad()
+    policy.zero_grad()
+
+
 def accumulate(policy: torch.nn.Module, batch: Batch, weights: Float[Tensor, "S T"], size: int | None = None) -> None:
     """Add the gradient of −Σ w log π to `.grad`, in microbatches of at most `size` sequences."""
     start = 0
     for part in batch.microbatches(size):
-        log_probs = policy.log_prob(part)  # type: ignore[operator]
-        (-(weights[start : start + len(part)] * log_probs).sum()).backward()
+        (-(weights[start : start + len(part)] * log_prob(policy, part)).sum()).backward()
         start += len(part)
 
 

@@ -4,12 +4,16 @@ Every rule has `step(policy, batch, optimizer)`: it leaves minus its ascent dire
 step, and returns metrics under the same names:
 
 - `backward_passes`: in units of the batch;
-- `gradient_norm`: Euclidean norm of what was left in `.grad`;
+- `gradient_norm`: Euclidean norm of what was left in `.grad`, of the whole policy;
 - `cg_iterations`: products with F, of the rules that solve by conjugate gradients.
 
 All directions are means over the N units of the batch, (1/N) Σ_n c_n ∇ log π(unit n). The unit is a sequence unless
 `unit=` says "step" or "token"; see `rule_parts`. The rules of the π_old family, which are to be had from here too, are
 in `old_policy_rules`.
+
+A rule begins by forgetting the `.grad` of every parameter of the policy, those that the optimizer does not hold
+included, and refuses a policy whose log-probabilities are random, such as one with dropout in training mode: see
+`repeatable`.
 """
 
 from dataclasses import dataclass, field
@@ -24,12 +28,14 @@ from isopo_mini.geometry import isopo, natural_gradient
 from isopo_mini.geometry.layerwise import NTK, FisherNormalized, Isopo, Transform
 from isopo_mini.training.old_policy_rules import ClippedSurrogate as ClippedSurrogate
 from isopo_mini.training.old_policy_rules import TrustRegion as TrustRegion
+from isopo_mini.training.repeatable import log_prob, repeatable
 from isopo_mini.training.rule_parts import (
     UNITS,
     Advantages,
     accumulate,
     assign_gradient,
     batch_advantages,
+    clear_gradients,
     cut,
     finish,
     spread_order,
@@ -60,7 +66,7 @@ class Reinforce:
     def step(self, policy: Any, batch: Batch, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """Use the batch once; see the module."""
         units, weights, _ = weigh(self.advantages, batch, self.unit)
-        optimizer.zero_grad()
+        clear_gradients(policy, optimizer)
         accumulate(policy, units, weights, self.microbatch_size)
         return finish(policy, optimizer)
 
@@ -104,7 +110,8 @@ class NaturalGradient:
         Each product with F counts as a backward pass. What it takes to form F is not counted: compare seconds.
         """
         batch, advantages = cut(self.advantages, batch, self.unit)
-        optimizer.zero_grad()
+        clear_gradients(policy, optimizer)
+        repeatable(policy, lambda: policy.logits(batch.observations[:1]))
         scores = fisher_matrices.score_matrix(policy, batch.observations, batch.actions, batch.mask)
         gradient = scores.T @ advantages.to(scores.dtype) / len(batch)
         metrics: dict[str, float] = {}
@@ -173,11 +180,11 @@ class LayerwiseIsopo:
             order = spread_order(units)
             units, weights = units.select(order), weights[order]
         engine = self._engine_of(policy)
-        optimizer.zero_grad()
+        clear_gradients(policy, optimizer)
         start = 0
         for part in units.microbatches(self.microbatch_size):
             with engine.microbatch(weights[start : start + len(part)], part.mask):
-                (-policy.log_prob(part).sum()).backward()
+                (-log_prob(policy, part).sum()).backward()
             start += len(part)
         metrics = finish(policy, optimizer)
         engine.end_step()
@@ -253,7 +260,8 @@ class ExactFisherIsopo:
     def step(self, policy: Any, batch: Batch, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """Use the batch once; see the module. What it takes to form F is not counted as backward passes."""
         batch, advantages = cut(self.advantages, batch, self.unit)
-        optimizer.zero_grad()
+        clear_gradients(policy, optimizer)
+        repeatable(policy, lambda: policy.logits(batch.observations[:1]))
         scores = fisher_matrices.score_matrix(policy, batch.observations, batch.actions, batch.mask)
         matrix = fisher_matrices.exact_fisher(policy, batch.observations, mask=batch.mask)
         norms = isopo.exact_fisher_norms(scores, matrix)

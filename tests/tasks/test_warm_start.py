@@ -53,6 +53,16 @@ def test_a_policy_that_is_good_enough_stays_as_it_is() -> None:
     assert torch.equal(policy.head.weight, before)
 
 
+def test_a_gradient_that_was_left_is_not_used_and_none_is_left() -> None:
+    policies = [TASK.make_policy(width=16, layers=1, heads=2, generator=seeded()) for _ in range(2)]
+    for parameter in policies[1].parameters():
+        parameter.grad = torch.full_like(parameter, 1e3)
+    for policy in policies:
+        supervised_warm_start(policy, TASK, 0.1, learning_rate=1e-2, generator=seeded(), progress=False)
+        assert all(parameter.grad is None for parameter in policy.parameters())
+    assert torch.equal(policies[0].head.weight, policies[1].head.weight)
+
+
 def test_gives_up_and_says_how_far_it_came() -> None:
     with pytest.raises(RuntimeError, match=r"until_accuracy: expected 0\.9 within max_steps=2, reached 0\.\d\d\d"):
         start(0.9, max_steps=2)

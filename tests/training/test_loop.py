@@ -1,6 +1,9 @@
 """The training loop: what its table says, that it is repeatable, and what it refuses."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -141,6 +144,38 @@ def test_time_counts_sampling_and_updating_only(monkeypatch: pytest.MonkeyPatch)
             return super().step(policy, batch, optimizer)
 
     assert list(run(steps=3, task=Slow(), rule=SlowRule())["seconds"]) == [11.0, 22.0, 33.0]
+
+
+PROGRAM = """
+import itertools, time
+time.time = itertools.count().__next__  # a second passes at every look, so that the bars do not wait for two
+import torch
+from isopo_mini.policies import TabularSoftmax
+from isopo_mini.tasks import Bandit, Sorting, warm_start
+from isopo_mini.training.loop import train
+from isopo_mini.training.update_rules import Reinforce
+policy, task = TabularSoftmax(1, 2), Bandit(torch.tensor([0.0, 1.0]))
+train(policy, task, Reinforce(), torch.optim.SGD(policy.parameters(), 0.1), 8, 0)
+sorting = Sorting(2, evaluation_prompts=8)
+small = sorting.make_policy(8, 1, 2, generator=torch.Generator().manual_seed(0))
+try:
+    warm_start.supervised_warm_start(small, sorting, 1.0, batch_size=4, max_steps=8)
+except RuntimeError:
+    pass
+"""
+
+
+@pytest.mark.parametrize(("disable", "shown"), [("1", []), (None, ["Reinforce", "warm start"])])
+def test_bars_obey_the_environment(disable: str | None, shown: list[str]) -> None:
+    """In a process of its own: tqdm reads the variable when it is imported."""
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    if disable is not None:
+        environment["TQDM_DISABLE"] = disable
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True
+    )
+    assert [name for name in ("Reinforce", "warm start") if f"{name}: " in result.stderr] == shown
+    assert bool(result.stderr) == bool(shown)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
@@ -142,6 +143,27 @@ class TestEveryRule:
         assert table["gap"].iloc[-1] < 0.5 * before
         passes = [expected_passes(rule, row) for row in table.to_dict("records")]
         assert table["backward_passes"].iloc[-1] == sum(passes) >= 50
+
+    def test_what_was_left_in_a_gradient_is_forgotten(self, name: str) -> None:
+        """A placeholder of an optimizer, or one of a part of the policy, holds few parameters; `.grad` is of all."""
+        fresh, used = make_policy(), make_policy()
+        batch, rule, other = make_batch(fresh), RULES[name](), RULES[name]()
+        for parameter in used.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        last = list(used.parameters())[-1:]
+        expected = other.step(fresh, batch, torch.optim.SGD(list(fresh.parameters())[-1:], lr=1e-9))
+        assert rule.step(used, batch, torch.optim.SGD(last, lr=1e-9)) == expected
+        assert torch.equal(diagnostics.flat_gradient(used), diagnostics.flat_gradient(fresh))
+
+    def test_the_optimizer_decides_what_moves_and_nothing_else(self, name: str) -> None:
+        """With a step size of next to nothing, four steps report the same whatever the optimizer holds."""
+        tables = []
+        for part in (slice(None), slice(-2, None)):
+            policy, rule = make_policy(), RULES[name]()
+            optimizer = torch.optim.SGD(list(policy.parameters())[part], lr=1e-12)
+            table = train(policy, make_bandit(), rule, optimizer, 4, 0, sequences_per_step=16, progress=False)
+            tables.append(table.drop(columns="seconds"))
+        pd.testing.assert_frame_equal(*tables, rtol=1e-6, atol=1e-9)
 
     def test_only_the_trainable_part_of_a_policy_moves(self, name: str) -> None:
         policy = make_policy()
