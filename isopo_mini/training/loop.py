@@ -58,7 +58,7 @@ def train(
 
     Args:
         policy: has `logits(observations)`; its parameters are changed. Two evaluations must agree, here and in every
-            rule, so dropout must be off: call `policy.eval()` first.
+            rule, so dropout must be off; call `policy.eval()` first.
         task: see `Task`.
         rule: see `UpdateRule`.
         optimizer: of the policy's parameters.
