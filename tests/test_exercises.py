@@ -74,10 +74,45 @@ def test_an_error_is_reported_and_not_raised(capsys: pytest.CaptureFixture[str])
         ((1.0, torch.ones(2)), (1.0, torch.zeros(2)), False),
         ({"a": 1.0}, {"b": 1.0}, False),
         (torch.tensor([math.nan]), torch.tensor([0.0]), False),
+        (33346, 33345, False),  # a count is right or wrong, whatever its size ...
+        (33345.0, 33345, True),
+        (33345 + 1e-3, 33345, False),
+        (torch.tensor(33346), 33345, False),
+        (33346, torch.tensor(33345), False),
+        (2**70 + 1, 2**70, False),
+        (2**70, 2**70, True),
+        ([100000, 1], [100001, 1], False),  # ... and wherever it stands
+        ((100001, 0.5 + 1e-6), (100001, 0.5), True),
+        ([[1.0, 100000]], [[1.0, 100001]], False),
+        ({"a": (100000,)}, {"a": (100001,)}, False),
+        (torch.tensor([100000, 1]), torch.tensor([100001, 1]), False),
+        (torch.tensor([100000.0, 1.0]), torch.tensor([100001, 1]), False),
+        (np.array([100000]), np.array([100001]), False),
+        (np.array([100000]), torch.tensor([100000]), True),
+        (np.int64(100000), np.int64(100001), False),
+        (True, False, False),
+        (torch.tensor([True]), torch.tensor([True]), True),
+        (100000, 100001.0, True),  # the reference is no whole number: inside the tolerance
+        ([1.0], [1.0, 2.0], False),
+        (1.0, [1.0], False),
+        (["tie", 1], ["tie", 1], True),
+        (["win", 1], ["tie", 1], False),
+        (1e300, 2e300, False),  # beyond single precision
+        (1j, 1j, True),
     ],
 )
 def test_what_counts_as_equal(got: object, expected: object, passes: bool) -> None:
     assert (check(lambda: got, lambda: expected, [()]) is True) == passes
+
+
+def test_tolerances_are_those_of_double_precision_for_python_numbers() -> None:
+    assert check(lambda: 1.0 + 1e-9, lambda: 1.0, [()], rtol=1e-12, atol=0.0) is None
+    assert check(lambda: 1.0 + 1e-13, lambda: 1.0, [()], rtol=1e-12, atol=0.0) is True
+
+
+def test_the_entry_that_differs_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(lambda: {"a": [3, 4]}, lambda: {"a": [3, 5]}, [()]) is None
+    assert "case 1 of 1 differs. Entry 'a': Entry 1: A whole number is right or wrong." in capsys.readouterr().out
 
 
 def test_a_function_that_changes_its_input_spoils_nothing() -> None:
