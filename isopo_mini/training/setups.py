@@ -18,6 +18,7 @@ from isopo_mini.objectives.values import episode_advantages
 from isopo_mini.policies import MLP, CausalTransformer
 from isopo_mini.policies.checkpoints import load_policy
 from isopo_mini.tasks import CartPole, ContextualBandit, TokenTask, make_task
+from isopo_mini.tasks.bandit_instances import FEATURES, MEAN_REWARDS
 from isopo_mini.training.loop import Task
 from isopo_mini.training.rule_parts import (
     Advantages,
@@ -82,8 +83,8 @@ class Setup:
 
 def bandit(device: torch.device) -> tuple[ContextualBandit, MLP]:
     """16 contexts seen through 8 features, 5 arms that pay 1 with a probability; a network with 32 hidden units."""
-    generator = torch.Generator().manual_seed(0)
-    means, features = torch.rand(16, 5, generator=generator), torch.randn(16, 8, generator=generator)
+    means = torch.tensor(MEAN_REWARDS, dtype=torch.float32)
+    features = torch.tensor(FEATURES, dtype=torch.float32)
     task = ContextualBandit(means.to(device), noise="bernoulli", features=features.to(device))
     return task, MLP(8, 5, hidden=(32,)).to(device)
 
