@@ -66,6 +66,13 @@ def require_same_device(name: str, tensor: Tensor, other_name: str, other: Tenso
         raise ValueError(f"{name}: expected device {other.device} (that of {other_name}), got {tensor.device}")
 
 
+def require_layer_dtype(name: str, tensor: Tensor, weight: Tensor) -> None:
+    """Check that `tensor` may be multiplied by a layer's weight: the same dtype, or one that autocast converts."""
+    converted = torch.is_autocast_enabled(tensor.device.type) and tensor.is_floating_point()
+    if tensor.dtype != weight.dtype and not (converted and tensor.dtype != torch.float64):
+        raise TypeError(f"{name}: expected {weight.dtype} (the dtype of the policy's weights), got {tensor.dtype}")
+
+
 def require_not_empty(name: str, tensor: Tensor) -> None:
     """Check that every axis of `tensor` has at least one entry."""
     if tensor.numel() == 0:

@@ -133,3 +133,15 @@ def test_rows_that_are_no_probabilities_are_named() -> None:
     with pytest.raises(ValueError, match=r"rows: expected non-negative .* smallest -0.5"):
         checks.require_probabilities("rows", torch.tensor([1.5, -0.5]))
     checks.require_probabilities("rows", rows[0, :1], ("state",))
+
+
+def test_a_layer_takes_its_own_dtype_or_what_autocast_converts() -> None:
+    weight = torch.zeros(2, 2)
+    checks.require_layer_dtype("x", weight, weight)
+    with pytest.raises(TypeError, match=r"^x: expected torch.float32 \(the dtype of .*\), got torch.float16$"):
+        checks.require_layer_dtype("x", weight.half(), weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        checks.require_layer_dtype("x", weight.half(), weight)
+        for dtype in (torch.float64, torch.int64):
+            with pytest.raises(TypeError, match=f"^x: expected torch.float32 .* got {dtype}$"):
+                checks.require_layer_dtype("x", weight.to(dtype), weight)

@@ -3,7 +3,7 @@
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from isopo_mini import checks
+from isopo_mini import checks, precision
 
 AGGREGATES = ("token-mean", "sequence-mean", "sequence-sum", "constant")
 
@@ -26,7 +26,7 @@ def aggregate_tokens(
         max_length: L of `"constant"`, the longest answer that is allowed; T when None. Not used by the others.
 
     Returns:
-        A scalar.
+        A scalar, in at least single precision.
 
     Raises:
         ValueError: `aggregate` is unknown, shapes disagree, `max_length` is below 1, or a sequence has no token.
@@ -47,7 +47,7 @@ def aggregate_tokens(
         raise ValueError(
             f"mask: expected at least one True a sequence, got none in sequence {int((lengths == 0).nonzero()[0])}"
         )
-    sums = values.masked_fill(~mask, 0.0).sum(dim=1)  # (S,)
+    sums = precision.at_least_float32(values).masked_fill(~mask, 0.0).sum(dim=1)  # (S,)
     if aggregate == "token-mean":
         return sums.sum() / lengths.sum()
     if aggregate == "sequence-mean":

@@ -3,14 +3,17 @@
 import torch
 from torch import Tensor
 
-from isopo_mini import checks
+from isopo_mini import checks, precision
 from isopo_mini.objectives import kl
 
 
 def prepared(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The checked arguments, 0 at padding so that nothing there can spread; advantages as `(S, T)`."""
+    """The checked arguments, 0 at padding so that nothing there can spread; advantages as `(S, T)`.
+
+    All in at least single precision: 1 + 4e-4, a ratio that `gspo` clips, is 1 in bfloat16.
+    """
     sizes = checks.require_shape("log_probs", log_probs, "S T")
     checks.require_not_empty("log_probs", log_probs)
     checks.require_shape("mask", mask, "S T", sizes)
@@ -29,16 +32,19 @@ def prepared(
     for name, value in values.items():
         checks.require_floating(name, value)
         checks.require_same_device(name, value, "mask", mask)
-        values[name] = value.masked_fill(~mask, 0.0)
+        values[name] = precision.at_least_float32(value).masked_fill(~mask, 0.0)
         checks.require_finite(name, values[name])
     return values["log_probs"], values["old_log_probs"], values["advantages"]
 
 
 @torch.no_grad()
 def metrics(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor, clipped: Tensor) -> dict[str, float]:
-    """What every loss reports; see the head of `losses`."""
-    current, old = log_probs[mask][None], old_log_probs[mask][None]  # (1, real tokens)
+    """What every loss reports; see the head of `losses`.
+
+    In double precision, where the ratio of a token that a clip has dealt with still has a value.
+    """
+    current, old = log_probs[mask][None].double(), old_log_probs[mask][None].double()  # (1, real tokens)
     # The actions are π_old's, so π_old is the first policy of this divergence.
-    means = [(current - old).exp().mean(), clipped[mask].to(current.dtype).mean(), kl.estimate(old, current).mean()]
+    means = [(current - old).exp().mean(), clipped[mask].double().mean(), kl.estimate(old, current).mean()]
     ratio_mean, clip_fraction, kl_old = torch.stack(means).tolist()  # a GPU is waited for once
     return {"ratio_mean": ratio_mean, "clip_fraction": clip_fraction, "kl_old": kl_old}

@@ -4,7 +4,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from isopo_mini import checks
+from isopo_mini import checks, precision
+
+# Below this |d|, e^{−d} − 1 + d is summed as a series: as written it would lose digits, and fall below 0.
+_SMALL = 0.1
 
 
 def estimate(
@@ -28,7 +31,8 @@ def estimate(
         kind: which estimator.
 
     Returns:
-        `(S, T)`, in nats, differentiable. Padding is left to the caller: what goes in there comes out there.
+        `(S, T)`, in nats, differentiable, in at least single precision. "k3" is infinite, without gradient, where
+        e^{−d} does not fit. Padding is left to the caller: what goes in there comes out there.
 
     Raises:
         TypeError: a dtype is wrong.
@@ -46,9 +50,22 @@ def estimate(
     checks.require_floating("log_probs", log_probs)
     checks.require_shape("reference_log_probs", reference_log_probs, "S T", sizes)
     checks.require_floating("reference_log_probs", reference_log_probs)
-    difference = log_probs - reference_log_probs
+    difference = precision.at_least_float32(log_probs) - precision.at_least_float32(reference_log_probs)
     if kind == "k1":
         return difference
     if kind == "k2":
         return 0.5 * difference.square()
-    return torch.expm1(-difference) + difference
+    return _third(difference)
+
+
+def _third(difference: Tensor) -> Tensor:
+    """e^{−d} − 1 + d. Each branch is given only what it can take, since the gradient runs through both."""
+    small = difference.abs() < _SMALL
+    d = difference.where(small, 0.0)
+    series = torch.ones_like(d)
+    for factor in range(12, 2, -1):  # d²/2 · (1 − d/3 · (1 − d/4 · (…))), right to 1e-18 at |d| = 0.1
+        series = 1.0 - d / factor * series
+    limit = precision.largest_exponent(difference.dtype)
+    exact = torch.expm1((-difference).clamp(max=limit)) + difference
+    exact = exact.masked_fill(-difference > limit, torch.inf)
+    return torch.where(small, 0.5 * d.square() * series, exact)

@@ -9,6 +9,9 @@ The metrics are means over real tokens:
 - `ratio_mean`: r, 1 on average as long as the actions are π_old's;
 - `clip_fraction`: share of tokens that the loss treats otherwise than without its clip;
 - `kl_old`: KL(π_old ‖ π) as `kl.estimate` has it with "k3".
+
+A token that is clipped has gradient 0, exactly, however far its ratio has run away. A token that is not, because its
+advantage asks for it to be pulled back, has the gradient rA: where that does not fit, the loss is an error.
 """
 
 import math
@@ -18,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from isopo_mini import checks
+from isopo_mini import checks, precision
 from isopo_mini.objectives.aggregation import aggregate_tokens
 from isopo_mini.objectives.bookkeeping import metrics, prepared
 
@@ -48,17 +51,18 @@ def reinforce(
         max_length: of the aggregate `"constant"`.
 
     Returns:
-        The loss, and the metrics of the module.
+        The loss, in at least single precision, and the metrics of the module.
 
     Raises:
         TypeError: a dtype is wrong.
-        ValueError: shapes disagree, a number that counts is not finite, a sequence has no token, or an option is bad.
+        ValueError: shapes disagree, a number that counts is not finite, a sequence has no token, an option is bad, or
+            the loss or the ratio of a token that is not clipped is too large for its dtype.
 
     Source: R. J. Williams, *Simple statistical gradient-following algorithms for connectionist reinforcement
     learning*, Machine Learning 8 (1992).
     """
     log_probs, old_log_probs, advantages = prepared(log_probs, old_log_probs, advantages, mask)
-    loss = aggregate_tokens(-advantages * log_probs, mask, aggregate, max_length)
+    loss = _aggregated(-advantages * log_probs, mask, aggregate, max_length)
     return loss, metrics(log_probs, old_log_probs, mask, torch.zeros_like(mask))
 
 
@@ -171,9 +175,10 @@ def gspo(
     """
     log_probs, old_log_probs, advantages = prepared(log_probs, old_log_probs, advantages, mask)
     mean_log_ratio = (log_probs - old_log_probs).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True)  # (S, 1)
-    ratio = mean_log_ratio.exp().detach() * (log_probs - log_probs.detach()).exp()
+    ratio = _finite_exp(mean_log_ratio).detach() * (log_probs - log_probs.detach()).exp()
     objective, clipped = _pessimistic(ratio, advantages, clip_low, clip_high)
-    loss = aggregate_tokens(-objective, mask, aggregate, max_length)
+    _require_finite_ratio(mean_log_ratio.expand_as(mask), clipped, advantages)
+    loss = _aggregated(-objective, mask, aggregate, max_length)
     return loss, metrics(log_probs, old_log_probs, mask, clipped)
 
 
@@ -206,7 +211,7 @@ def cispo(
     log_probs, old_log_probs, advantages = prepared(log_probs, old_log_probs, advantages, mask)
     ratio = (log_probs - old_log_probs).exp().detach()
     weight = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) if dialect == "verl" else ratio.clamp(max=clip_high)
-    loss = aggregate_tokens(-weight * advantages * log_probs, mask, aggregate, max_length)
+    loss = _aggregated(-weight * advantages * log_probs, mask, aggregate, max_length)
     return loss, metrics(log_probs, old_log_probs, mask, weight != ratio)
 
 
@@ -232,7 +237,7 @@ def copg(
     # The logarithm of the clip, without going through r, which underflows where log r does not.
     lowest = math.log1p(-clip_low) if clip_low < 1 else -math.inf
     bound = old_log_probs + log_ratio.clamp(lowest, math.log1p(clip_high))
-    loss = aggregate_tokens(-torch.minimum(log_probs * advantages, bound * advantages), mask, aggregate, max_length)
+    loss = _aggregated(-torch.minimum(log_probs * advantages, bound * advantages), mask, aggregate, max_length)
     return loss, metrics(log_probs, old_log_probs, mask, _outside(log_ratio.exp(), advantages, clip_low, clip_high))
 
 
@@ -254,7 +259,8 @@ def _token_clip(
 ) -> Loss:
     """PPO's clip with one ratio a token, which four methods share."""
     log_probs, old_log_probs, advantages = prepared(log_probs, old_log_probs, advantages, mask)
-    ratio = (log_probs - old_log_probs).exp()
+    log_ratio = log_probs - old_log_probs
+    ratio = _finite_exp(log_ratio)
     objective, clipped = _pessimistic(ratio, advantages, clip_low, clip_high)
     if dual_clip is not None:
         if not dual_clip > 1.0:
@@ -262,8 +268,31 @@ def _token_clip(
         floor = torch.where(advantages < 0, dual_clip * advantages, -torch.inf)
         clipped = clipped | (objective < floor)
         objective = torch.maximum(objective, floor)
-    loss = aggregate_tokens(-objective, mask, aggregate, max_length)
+    _require_finite_ratio(log_ratio, clipped, advantages)
+    loss = _aggregated(-objective, mask, aggregate, max_length)
     return loss, metrics(log_probs, old_log_probs, mask, clipped)
+
+
+def _finite_exp(log_ratio: Tensor) -> Tensor:
+    """exp, stopped where it would overflow: the gradient of a clipped token is 0 times this, and 0 · ∞ is not 0."""
+    return log_ratio.clamp(max=precision.largest_exponent(log_ratio.dtype)).exp()
+
+
+def _require_finite_ratio(log_ratio: Tensor, clipped: Tensor, advantages: Tensor) -> None:
+    """A ratio that does count, since nothing clips it, must not have been stopped by `_finite_exp`."""
+    limit = precision.largest_exponent(log_ratio.dtype)
+    bad = (log_ratio > limit) & ~clipped & (advantages != 0)
+    if bad.any():
+        index = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(
+            f"log_probs: expected log π − log π_old of a token that is not clipped to be at most {limit:.1f}, "
+            f"got {log_ratio[index].item():g} at index {index}; take smaller steps, or ppo's dual_clip"
+        )
+
+
+def _aggregated(values: Tensor, mask: Tensor, aggregate: str, max_length: int | None) -> Tensor:
+    """The loss, which must fit its dtype."""
+    return precision.require_fits("loss", aggregate_tokens(values, mask, aggregate, max_length))
 
 
 def _pessimistic(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:

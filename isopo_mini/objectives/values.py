@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from isopo_mini import checks
+from isopo_mini import checks, precision
 from isopo_mini.batch import Batch
 from isopo_mini.objectives.advantages import discounted_returns, gae
 
@@ -60,7 +60,8 @@ def fitted_values(
     if discount == 1 and truncated.all():
         raise ValueError("discount: expected less than 1 where every episode was truncated, got 1")
     features = _features(batch.observations.double())  # (S, T, F)
-    scales = features[batch.mask].square().mean(dim=0).sqrt().clamp(min=1e-12)
+    scales = precision.euclidean_norm(features[batch.mask], dim=0, mean=True)
+    scales = torch.where(scales > 0, scales, 1.0)  # whatever the unit of an observation is; only zeros have none
     features = features / scales
     last = _features(final_observations.double()) / scales * truncated[:, None]  # (S, F), φ(o_T) or 0
     design = features[batch.mask]  # Φ, (N, F)
@@ -72,7 +73,8 @@ def fitted_values(
     system.diagonal().add_(ridge)
     weights = torch.linalg.solve(system, design.T @ seen / len(design))
     values = (features @ weights).masked_fill(~batch.mask, 0.0)
-    return values.to(batch.rewards.dtype), (last @ weights).to(batch.rewards.dtype)
+    dtype = precision.common_dtype([batch.rewards])
+    return values.to(dtype), (last @ weights).to(dtype)
 
 
 def episode_advantages(
@@ -111,8 +113,9 @@ def _advantages(
     advantages = gae(batch.rewards, values, batch.mask, discount, trace_decay, bootstrap)
     if not standardise:
         return advantages
-    real = advantages[batch.mask]
-    return ((advantages - real.mean()) / (real.std(correction=0) + 1e-8)).masked_fill(~batch.mask, 0.0)
+    centred = advantages - advantages[batch.mask].mean()
+    std = precision.euclidean_norm(centred[batch.mask], dim=0, mean=True)
+    return (centred / (std + 1e-8)).masked_fill(~batch.mask, 0.0)
 
 
 def _features(observations: Float[Tensor, "... d"]) -> Float[Tensor, "... F"]:

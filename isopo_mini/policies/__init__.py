@@ -1,6 +1,6 @@
 """Who acts: policies over a finite set of actions."""
 
-from isopo_mini.policies.categorical import CategoricalPolicy
+from isopo_mini.policies.categorical import CategoricalPolicy, categorical_kl
 from isopo_mini.policies.checkpoints import load_policy, read_origin, save_policy
 from isopo_mini.policies.mlp import MLP
 from isopo_mini.policies.sampling import Sampled
@@ -14,6 +14,7 @@ __all__ = [
     "LinearSoftmax",
     "Sampled",
     "TabularSoftmax",
+    "categorical_kl",
     "load_policy",
     "read_origin",
     "save_policy",

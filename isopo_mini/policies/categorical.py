@@ -9,6 +9,33 @@ from torch import Tensor, nn
 
 from isopo_mini import checks
 from isopo_mini.batch import Batch
+from isopo_mini.precision import at_least_float32
+
+
+def categorical_kl(log_probs: Float[Tensor, "*B A"], other_log_probs: Float[Tensor, "*B A"]) -> Float[Tensor, "*B"]:
+    """KL(π ‖ π') = Σ_a π(a) log(π(a)/π'(a)), where either may forbid actions. Differentiable in both.
+
+    0 log 0 = 0: an action that π never takes adds nothing, forbidden by π' or not, and gets no gradient.
+
+    Args:
+        log_probs: log π, `(..., A)`; −inf forbids an action.
+        other_log_probs: log π', `(..., A)`.
+
+    Returns:
+        `(...)`, in at least single precision; infinite where π' forbids an action that π takes.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if other_log_probs.shape != log_probs.shape:
+        raise ValueError(
+            f"other_log_probs: expected shape {tuple(log_probs.shape)}, got {tuple(other_log_probs.shape)}"
+        )
+    log_probs, other_log_probs = at_least_float32(log_probs), at_least_float32(other_log_probs)
+    difference = torch.where(log_probs > -torch.inf, log_probs - other_log_probs, 0.0)
+    # Where the difference is infinite so is the term, also where the probability is too small to be written.
+    terms = torch.where(difference == torch.inf, torch.inf, log_probs.exp() * difference)
+    return terms.sum(dim=-1)
 
 
 class CategoricalPolicy(nn.Module):
@@ -32,7 +59,8 @@ class CategoricalPolicy(nn.Module):
             batch: S sequences of T positions. What padding holds is never looked at.
 
         Returns:
-            `(S, T)`. Its sum over t is the log-probability of a sequence, whose gradient is the score g_s.
+            `(S, T)`, in at least single precision. Its sum over t is the log-probability of a sequence, whose gradient
+            is the score g_s.
 
         Raises:
             ValueError: the policy's logits do not have the batch's shape `(S, T)` in front.
@@ -42,7 +70,7 @@ class CategoricalPolicy(nn.Module):
         checks.require_shape("logits(batch.observations)", logits, "S T A", sizes)
         # Padding may hold any action, even an impossible one such as -1.
         actions = batch.actions.masked_fill(~batch.mask, 0)
-        log_probs = logits.log_softmax(dim=-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+        log_probs = at_least_float32(logits).log_softmax(dim=-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
         return log_probs.masked_fill(~batch.mask, 0.0)
 
     @torch.no_grad()
@@ -56,9 +84,10 @@ class CategoricalPolicy(nn.Module):
             generator: source of randomness, on the policy's device; torch's global one when None.
 
         Returns:
-            The actions, int64 `(...)`, and their log-probabilities `(...)`, without gradient.
+            The actions, int64 `(...)`, and their log-probabilities `(...)`, without gradient, in at least single
+            precision: in half, `torch.multinomial` can draw an action of probability 0.
         """
-        log_probs = self.logits(observations).log_softmax(dim=-1)
+        log_probs = at_least_float32(self.logits(observations)).log_softmax(dim=-1)
         flat = log_probs.reshape(-1, log_probs.shape[-1]).exp()
         actions = torch.multinomial(flat, 1, generator=generator).reshape(log_probs.shape[:-1])
         return actions, log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)

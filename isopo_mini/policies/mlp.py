@@ -44,6 +44,12 @@ class MLP(CategoricalPolicy):
         self.layers = nn.Sequential(*layers)
 
     def logits(self, observations: Float[Tensor, "... d"]) -> Float[Tensor, "... A"]:
-        """The network's output for every feature vector, `(..., d)` → `(..., A)`."""
+        """The network's output for every feature vector, `(..., d)` → `(..., A)`.
+
+        Raises:
+            TypeError: the observations have another dtype than the weights, such as NumPy's float64.
+            ValueError: their last axis is not d.
+        """
         checks.require_shape("observations", observations, "... d", {"d": self.num_features})
+        checks.require_layer_dtype("observations", observations, self.layers[0].weight)  # type: ignore[arg-type]
         return self.layers(observations)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from isopo_mini import checks
 from isopo_mini.batch import Batch
+from isopo_mini.precision import at_least_float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,13 +36,18 @@ class Sampled:
 def tempered_log_probs(logits: Float[Tensor, "... A"], temperature: float) -> Float[Tensor, "... A"]:
     """log softmax(logits / temperature); at temperature 0 its limit, all mass on the largest logit.
 
+    Returns:
+        `(..., A)`, in at least single precision.
+
     Raises:
         ValueError: the temperature is negative or not finite.
     """
     checks.require_at_least("temperature", temperature, 0)
+    logits = at_least_float32(logits)
     if temperature == 0:
         return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0).log()
-    return (logits / temperature).log_softmax(dim=-1)
+    # Measured from the largest, so that a division by a tiny temperature overflows to −∞ only.
+    return ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).log_softmax(dim=-1)
 
 
 def check_prompts(

@@ -105,6 +105,12 @@ class LinearSoftmax(CategoricalPolicy):
         self.linear = nn.Linear(num_features, num_actions, bias=False)
 
     def logits(self, observations: Float[Tensor, "... d"]) -> Float[Tensor, "... A"]:
-        """W o for every feature vector, `(..., d)` → `(..., A)`."""
+        """W o for every feature vector, `(..., d)` → `(..., A)`.
+
+        Raises:
+            TypeError: the observations have another dtype than the weights, such as NumPy's float64.
+            ValueError: their last axis is not d.
+        """
         checks.require_shape("observations", observations, "... d", {"d": self.linear.in_features})
+        checks.require_layer_dtype("observations", observations, self.linear.weight)
         return self.linear(observations)

@@ -202,7 +202,7 @@ class CausalTransformer(CategoricalPolicy):
         tokens = tokens.repeat_interleave(responses_per_prompt, dim=0)  # (S, total)
         lengths = lengths.repeat_interleave(responses_per_prompt)
         mask = torch.zeros_like(tokens, dtype=torch.bool)
-        log_probs = torch.zeros_like(tokens, dtype=dtype)
+        log_probs = torch.zeros_like(tokens, dtype=torch.promote_types(dtype, torch.float32))
         last = lengths + max_new_tokens  # where a row stops; its end token brings that forward
         cache = None
         if use_cache:

@@ -12,16 +12,20 @@ from torch import Tensor
 
 from isopo_mini import checks
 from isopo_mini.batch import Batch
-from isopo_mini.policies.categorical import CategoricalPolicy
+from isopo_mini.policies.categorical import CategoricalPolicy, categorical_kl
 from isopo_mini.policies.softmax import softmax_fisher
+from isopo_mini.precision import at_least_float32, common_dtype
 
 
 class ContextualBandit:
     """C contexts, K arms, and the mean reward r_ca of each arm in each context.
 
+    Everything is computed in at least single precision, whatever the dtype of the policy.
+
     Args:
         mean_rewards: r_ca, `(C, K)`.
-        context_probs: d_c, `(C,)`, non-negative with sum 1; uniform when None.
+        context_probs: d_c, `(C,)`, non-negative with sum 1 up to the rounding of their dtype, or of four digits; they
+            are divided by their sum. Uniform when None.
         noise: what a pull returns: "none" r_ca itself, "gaussian" r_ca + noise_scale · N(0, 1), "bernoulli" 1
             with probability r_ca and else 0.
         noise_scale: standard deviation of the Gaussian noise; not used by the others.
@@ -63,7 +67,9 @@ class ContextualBandit:
         checks.require_floating("context_probs", context_probs)
         checks.require_finite("context_probs", context_probs)
         checks.require_same_device("context_probs", context_probs, "mean_rewards", mean_rewards)
-        if (context_probs < 0).any() or abs(context_probs.sum().item() - 1) > 1e-4:
+        tolerance = max(1e-4, sizes["C"] * torch.finfo(context_probs.dtype).eps / 2)
+        mean_rewards, context_probs = at_least_float32(mean_rewards), at_least_float32(context_probs)
+        if (context_probs < 0).any() or abs(context_probs.sum().item() - 1) > tolerance:
             raise ValueError(
                 "context_probs: expected non-negative numbers with sum 1, "
                 f"got sum {context_probs.sum().item():g} and smallest {context_probs.min().item():g}"
@@ -74,7 +80,7 @@ class ContextualBandit:
             checks.require_finite("features", features)
             checks.require_same_device("features", features, "mean_rewards", mean_rewards)
         self.mean_rewards = mean_rewards
-        self.context_probs = context_probs
+        self.context_probs = context_probs / context_probs.sum()
         self.noise = noise
         self.noise_scale = noise_scale
         self.observations = torch.arange(sizes["C"], device=mean_rewards.device) if features is None else features
@@ -86,10 +92,14 @@ class ContextualBandit:
 
     def log_policy(self, policy: CategoricalPolicy) -> Float[Tensor, "C K"]:
         """log π(a|c) for every context and arm, differentiable, `(C, K)`."""
+        return self._logits(policy).log_softmax(dim=-1)
+
+    def _logits(self, policy: CategoricalPolicy) -> Float[Tensor, "C K"]:
+        """The policy's logits in every context, in at least single precision."""
         logits = policy.logits(self.observations)
         contexts, arms = self.mean_rewards.shape
         checks.require_shape("policy.logits(observations)", logits, "C K", {"C": contexts, "K": arms})
-        return logits.log_softmax(dim=-1)
+        return at_least_float32(logits)
 
     def expected_return(self, policy: CategoricalPolicy) -> Float[Tensor, ""]:
         """J = Σ_c d_c Σ_a π(a|c) r_ca, differentiable: `.backward()` gives ∇J of any policy."""
@@ -137,9 +147,14 @@ class ContextualBandit:
         return torch.cat([gradient.flatten() for gradient in gradients])
 
     def kl(self, policy: CategoricalPolicy, other: CategoricalPolicy) -> Float[Tensor, ""]:
-        """KL(policy ‖ other) = Σ_c d_c Σ_a π(a|c) log(π(a|c) / π'(a|c)), differentiable in both."""
-        log_policy, log_other = self.log_policy(policy), self.log_policy(other)
-        return (self.context_probs[:, None] * log_policy.exp() * (log_policy - log_other)).sum()
+        """KL(policy ‖ other) = Σ_c d_c Σ_a π(a|c) log(π(a|c) / π'(a|c)), differentiable in both.
+
+        An arm that `policy` never pulls adds nothing; it is infinite where `other` never pulls what `policy` does.
+        """
+        logits, other_logits = self._logits(policy), self._logits(other)
+        # In double precision: between two policies that are nearly alike it is a difference of nearly equal numbers.
+        kl = categorical_kl(logits.double().log_softmax(dim=-1), other_logits.double().log_softmax(dim=-1))
+        return (self.context_probs.double() @ kl).to(common_dtype((logits, other_logits, self.context_probs)))
 
     @torch.no_grad()
     def every_pull(self, policy: CategoricalPolicy) -> tuple[Tensor, Tensor, Tensor]:

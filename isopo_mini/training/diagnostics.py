@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from isopo_mini import checks
+from isopo_mini.policies.categorical import categorical_kl
 
 
 @torch.no_grad()
@@ -31,9 +32,7 @@ def kl_divergence(
     if logits_after.shape != logits_before.shape:
         raise ValueError(f"logits_after: expected shape {tuple(logits_before.shape)}, got {tuple(logits_after.shape)}")
     before, after = logits_before.double().log_softmax(-1), logits_after.double().log_softmax(-1)
-    # 0 log 0 = 0: an action that is never taken adds nothing, whatever its logarithm.
-    terms = torch.where(before > -torch.inf, before.exp() * (before - after), 0.0)
-    return _mean(terms.sum(dim=-1), mask)
+    return _mean(categorical_kl(before, after), mask)
 
 
 @torch.no_grad()

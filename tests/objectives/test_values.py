@@ -190,6 +190,41 @@ class TestAdvantages:
         assert torch.equal(pickle.loads(pickle.dumps(function))(episodes), function(episodes))
 
 
+@pytest.mark.parametrize("unit", [1e-30, 1e-9, 1e12])
+def test_the_unit_of_an_observation_does_not_matter(unit: float) -> None:
+    episodes = contraction(half_truncated(), 0.8)
+    scaled = replace(
+        episodes, observations=unit * episodes.observations, final_observations=unit * episodes.final_observations
+    )
+    expected, given = fitted_values(episodes), fitted_values(scaled)
+    # The system's condition is 1e5 at most.
+    torch.testing.assert_close(given[0], expected[0], rtol=0, atol=1e-8)
+    torch.testing.assert_close(given[1], expected[1], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1e25])
+def test_standardised_advantages_do_not_depend_on_the_unit_of_rewards(unit: float) -> None:
+    """The squares of 1e25 are beyond single precision."""
+    episodes = make_episodes(half_truncated(), dtype=torch.float32)
+    expected = episode_advantages()(episodes)
+    given = episode_advantages()(replace(episodes, rewards=unit * episodes.rewards))
+    # 1e-8 beside the standard deviation is 1e-5 of it at a unit of 1e-3.
+    torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_goes_in_and_single_comes_out(dtype: torch.dtype) -> None:
+    episodes = make_episodes(half_truncated(), dtype=torch.float32)
+    halves = {
+        name: getattr(episodes, name).to(dtype)
+        for name in ("observations", "rewards", "log_probs", "final_observations")
+    }
+    double = replace(episodes, **{name: value.double() for name, value in halves.items()})
+    values, bootstrap = fitted_values(replace(episodes, **halves))
+    assert values.dtype == bootstrap.dtype == torch.float32
+    torch.testing.assert_close(values.double(), fitted_values(double)[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.usefixtures("unchecked")
 class TestBadInput:
     def test_episodes_that_do_not_say_how_they_ended(self) -> None:

@@ -238,3 +238,12 @@ class TestErrors:
         arguments = {"prompts": torch.zeros(2, 3, dtype=torch.int64), "max_new_tokens": 2}
         with pytest.raises(error, match=message):
             small().sample(**(arguments | changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_a_tiny_temperature_is_nearly_zero_and_not_nan(dtype: torch.dtype) -> None:
+    """Divided by 1e-39 the logits themselves overflow, to ∞ − ∞."""
+    logits = torch.tensor([[3.0, -2.0, 1.0], [0.5, 0.5, -1.0]], dtype=dtype)
+    given = tempered_log_probs(logits, 1e-39)
+    assert given.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(given.exp().double(), torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]]).double())

@@ -129,6 +129,31 @@ def test_a_policy_without_logits_says_so() -> None:
         Forgot()(torch.zeros(1))
 
 
+class OnlyTheFirst(CategoricalPolicy):
+    """Of 5,000 actions all are forbidden but one, in float16."""
+
+    def logits(self, observations: Tensor) -> Tensor:
+        logits = torch.full((len(observations), 5000), -torch.inf, dtype=torch.float16)
+        return logits.index_fill(1, torch.tensor([0]), 0.0)
+
+
+def test_a_forbidden_action_is_never_drawn() -> None:
+    """Of float16 probabilities `torch.multinomial` draws some: about 1 in 1,000 here."""
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        actions, log_probs = OnlyTheFirst().sample_actions(torch.zeros(1000, 1), generator=generator)
+        assert (actions == 0).all()
+        assert torch.equal(log_probs, torch.zeros(1000))
+
+
+def test_log_probs_of_half_precision_are_computed_in_single() -> None:
+    policy = MLP(4, 3).bfloat16()
+    batch = batch_of(torch.randn(5, 2, 4).bfloat16(), torch.randint(3, (5, 2)))
+    log_probs = policy.log_prob(batch)
+    expected = policy.logits(batch.observations).double().log_softmax(-1).gather(-1, batch.actions[..., None])[..., 0]
+    torch.testing.assert_close(log_probs.double(), expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.usefixtures("unchecked")
 class TestBadInput:
     def test_sizes(self) -> None:
@@ -146,6 +171,22 @@ class TestBadInput:
             LinearSoftmax(2, 2).logits(torch.zeros(5, 3))
         with pytest.raises(ValueError, match=r"observations: expected shape \(d=2\), got \(5, 3\)"):
             MLP(2, 2).logits(torch.zeros(5, 3))
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.uint8, torch.bool, torch.int64])
+    def test_observations_of_another_dtype_are_named(self, dtype: torch.dtype) -> None:
+        for policy in (MLP(4, 2), LinearSoftmax(4, 2), MLP(4, 2, hidden=())):
+            with pytest.raises(TypeError, match=rf"observations: expected torch.float32 \(the d.* got {dtype}"):
+                policy.logits(torch.zeros(1, 4, dtype=dtype))
+        with pytest.raises(TypeError, match=r"observations: expected torch.bfloat16 .* got torch.float32"):
+            MLP(4, 2).bfloat16().logits(torch.zeros(1, 4))
+        with pytest.raises(TypeError, match=r"observations: expected an int64 tensor, got torch.int32"):
+            TabularSoftmax(2, 2).logits(torch.zeros(3, dtype=torch.int32))
+
+    def test_what_autocast_converts_is_left_to_it(self) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert MLP(4, 2).logits(torch.zeros(1, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+            with pytest.raises(TypeError, match=r"observations: expected torch.float32 .* got torch.float64"):
+                MLP(4, 2).logits(torch.zeros(1, 4, dtype=torch.float64))
 
     def test_probs(self) -> None:
         with pytest.raises(ValueError, match="probs: expected probabilities > 0, got 0"):

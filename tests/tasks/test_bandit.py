@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import jacrev
 
-from isopo_mini.policies import MLP, LinearSoftmax, TabularSoftmax
+from isopo_mini.policies import MLP, CategoricalPolicy, LinearSoftmax, TabularSoftmax
 from isopo_mini.tasks import Bandit, ContextualBandit
 
 MEANS = torch.tensor([[1.0, 0.2, -0.5], [0.0, 0.7, 0.6]], dtype=torch.float64)
@@ -100,6 +100,64 @@ def test_kl_is_the_double_sum_and_half_a_quadratic_form() -> None:
     # The error of the quadratic form is of third order: its share falls tenfold with the step.
     assert abs(ratios[0] - 1) < 0.05
     assert abs(ratios[1] - 1) < 0.2 * abs(ratios[0] - 1)
+
+
+class Masked(CategoricalPolicy):
+    """Two arms with log-odds `odds`, and a third that is forbidden."""
+
+    def __init__(self, odds: float) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.tensor([odds, 0.0, 0.0]))
+
+    def logits(self, observations: Tensor) -> Tensor:
+        return self.table.expand(len(observations), 3).masked_fill(torch.tensor([False, False, True]), -math.inf)
+
+
+def test_kl_of_policies_that_forbid_an_arm() -> None:
+    bandit, p, q = Bandit(torch.tensor([1.0, 0.0, 0.0])), 0.5, math.e / (1 + math.e)
+    policy, other = Masked(0.0), Masked(1.0)
+    kl = bandit.kl(policy, other)
+    assert kl.item() == pytest.approx(p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q)), rel=1e-6)
+    kl.backward()
+    # ∂KL/∂θ = p(log p/q − KL) in the first, and q − p in the second; a forbidden arm gets nothing.
+    slope = p * (math.log(p / q) - kl.item())
+    torch.testing.assert_close(policy.table.grad, torch.tensor([slope, -slope, 0.0]))
+    torch.testing.assert_close(other.table.grad, torch.tensor([q - p, p - q, 0.0]))
+    assert bandit.kl(TabularSoftmax(1, 3), policy).item() == math.inf
+    assert bandit.kl(policy, TabularSoftmax(1, 3)).item() == pytest.approx(math.log(1.5), rel=1e-6)
+
+
+def test_kl_of_a_small_step_in_single_precision() -> None:
+    """½ dᵀFd = 1e-9, which the difference of two logarithms in single precision would leave nothing of."""
+    bandit = Bandit(torch.zeros(3))
+    policy, other = (TabularSoftmax.from_probs(probs[None]) for probs in torch.tensor([[0.2, 0.3, 0.5]] * 2))
+    with torch.no_grad():
+        other.table.weight += 1e-4 * torch.tensor([0.3, -0.5, 0.4])
+    moved = (other.table.weight - policy.table.weight).detach().double()[0]  # what single precision made of the step
+    p = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    expected = 0.5 * ((p * moved**2).sum() - (p @ moved) ** 2)
+    assert bandit.kl(policy, other).item() == pytest.approx(expected.item(), rel=1e-3)  # the next term, of size 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_single(dtype: torch.dtype) -> None:
+    table = torch.randn(3, 4).to(dtype)
+    policy, twin = (TabularSoftmax(3, 4).to(kind) for kind in (dtype, torch.float64))
+    with torch.no_grad():
+        policy.table.weight.copy_(table)
+        twin.table.weight.copy_(table)
+    rewards, context_probs = torch.rand(3, 4).to(dtype), torch.tensor([0.1, 0.2, 0.7]).to(dtype)
+    bandit = ContextualBandit(rewards, context_probs)
+    double = ContextualBandit(rewards.double(), context_probs.double() / context_probs.double().sum())
+    for name in ("log_policy", "expected_return", "advantages", "logit_gradient", "logit_fisher"):
+        given, expected = getattr(bandit, name)(policy), getattr(double, name)(twin)
+        assert given.dtype == torch.float32
+        torch.testing.assert_close(given.double(), expected, rtol=1e-5, atol=1e-7, msg=name)
+    # Context probabilities that half precision has rounded are divided by their sum.
+    assert bandit.context_probs.sum().item() == pytest.approx(1, abs=1e-7)
+    batch = bandit.sample(policy, 10)
+    assert (batch.rewards.dtype, batch.log_probs.dtype) == (torch.float32, torch.float32)
+    assert torch.equal(policy.log_prob(batch).detach(), batch.log_probs)  # the ratio to the old policy is 1
 
 
 def test_optimum_is_reached_by_the_greedy_policy_only() -> None:

@@ -65,6 +65,13 @@ def test_forbidden_actions() -> None:
     assert diagnostics.kl_divergence(free, allowed).item() == math.inf
 
 
+def test_a_forbidden_action_of_a_probability_too_small_to_be_written_is_still_forbidden() -> None:
+    """e^−1000 is 0 in every dtype, and 0 · ∞ no number."""
+    rare, without = torch.tensor([[0.0, -1000.0]]), torch.tensor([[0.0, -math.inf]])
+    assert diagnostics.kl_divergence(rare, without).item() == math.inf
+    assert diagnostics.kl_divergence(without, rare).item() == 0.0
+
+
 def test_entropy_limits() -> None:
     assert diagnostics.entropy(torch.zeros(2, 7)).item() == pytest.approx(math.log(7), rel=1e-12)
     assert diagnostics.entropy(torch.tensor([[1000.0, 0.0]])).item() == 0.0
