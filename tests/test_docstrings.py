@@ -33,6 +33,8 @@ INTERNAL = {
     "isopo_mini.geometry.parameter_gradients",
     "isopo_mini.objectives.bookkeeping",
     "isopo_mini.precision",
+    "isopo_mini.tasks.lyapunov",
+    "isopo_mini.writing",
 }
 
 

@@ -9,7 +9,7 @@ LIBRARY = Path(__file__).resolve().parent.parent / "isopo_mini"
 ROOMS = ("tasks", "policies", "geometry", "objectives", "training")
 
 # What a room may import of the library, beside itself. `training` sees all; the others see what flows into them.
-SHARED = {"batch", "checks", "precision"}
+SHARED = {"batch", "checks", "precision", "writing"}
 ALLOWED = {
     "tasks": SHARED | {"policies"},
     "policies": SHARED,
@@ -19,6 +19,7 @@ ALLOWED = {
     "batch": {"checks"},
     "checks": set(),
     "precision": set(),
+    "writing": set(),
     "plotting": SHARED | set(ROOMS),
     "exercises": SHARED | set(ROOMS),
     "__init__": SHARED | set(ROOMS),

@@ -34,9 +34,10 @@ from tqdm.auto import tqdm
 from isopo_mini import checks
 from isopo_mini.training import records, rule_specs
 from isopo_mini.training.optimizers import OPTIMIZERS
-from isopo_mini.training.provenance import provenance, write_atomically, write_table
+from isopo_mini.training.provenance import provenance, write_table
 from isopo_mini.training.runs import Run, run
 from isopo_mini.training.setups import SETUPS
+from isopo_mini.writing import write_atomically
 
 
 def grid(

@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
+import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 
 import isopo_mini
+from isopo_mini.writing import write_together
 
 
 def provenance(device: str | torch.device = "cpu", **settings: Any) -> dict[str, Any]:
@@ -39,46 +40,58 @@ def provenance(device: str | torch.device = "cpu", **settings: Any) -> dict[str,
 
 
 def write_table(path: Path, table: pd.DataFrame, record: dict[str, Any]) -> None:
-    """Write `path` (CSV) and its provenance beside it (`.json`), each whole or not at all."""
+    """Write `path` (CSV) and its provenance beside it (`.json`), each whole, and neither before both are complete.
+
+    Raises:
+        ValueError: `path` is the one of the provenance.
+    """
+    if path.suffix == ".json":
+        raise ValueError(f"path: expected a table's name, such as {path.stem}.csv, got {path.name}: its provenance's")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
-    write_atomically(path, table.to_csv(index=False))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write to a temporary file in the same folder, then rename: a killed process leaves the old file or the new."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_together({path: table.to_csv(index=False), path.with_suffix(".json"): json.dumps(record, indent=2) + "\n"})
 
 
 def _commit() -> str:
-    """The commit the package's folder is at, with a plus when it has changed since; "unknown" outside a checkout."""
+    """The commit of this package's repository, with a plus when the package has changed since.
+
+    "unknown" where the folder of the package is not one of isopo_mini's own checkouts: installed into an environment,
+    it may well lie inside a repository, but that one's commit says nothing of this code.
+    """
     folder = Path(isopo_mini.__file__).parent
     try:
+        _git(folder, "ls-files", "--error-unmatch", "__init__.py", "../pyproject.toml")
+        if tomllib.loads((folder.parent / "pyproject.toml").read_text())["project"]["name"] != "isopo_mini":
+            return "unknown"
         commit = _git(folder, "rev-parse", "--short=12", "HEAD")
         return commit + ("+" if _git(folder, "status", "--porcelain", "--", ".") else "")
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.CalledProcessError, tomllib.TOMLDecodeError, KeyError):
         return "unknown"
 
 
+# Inside a hook, git names that repository by these, which would win over the folder a command is run in.
+_OTHERS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY")
+
+
 def _git(folder: Path, *arguments: str) -> str:
-    """The output of a git command."""
-    result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    """The output of a git command about the repository that holds a folder."""
+    environment = {name: value for name, value in os.environ.items() if name not in _OTHERS}
+    result = subprocess.run(
+        ["git", *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=True
+    )
     return result.stdout.strip()
 
 
 def _relative(arguments: list[str]) -> list[str]:
     """Command-line arguments with absolute paths cut to their last part: a machine's folders are nobody's business."""
-    return [Path(argument).name if os.path.isabs(argument) else argument for argument in arguments]
+    return [_cut(argument) for argument in arguments]
+
+
+def _cut(argument: str) -> str:
+    """One argument: a path, or `--option=path`."""
+    option, equals, value = argument.partition("=")
+    if equals and option.startswith("-"):
+        return option + equals + _cut(value)
+    return Path(argument).name if os.path.isabs(argument) else argument
 
 
 def _processor() -> str:

@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 from scipy.integrate import trapezoid
 
-from isopo_mini.training.provenance import write_atomically
 from isopo_mini.training.statistics import bootstrap_interval
+from isopo_mini.writing import write_atomically
 
 FOLDER = "records"
 PHASES = ("choose", "report")

@@ -48,6 +48,18 @@ def test_equal_policies_make_equal_files(tmp_path: Path) -> None:
     assert first == second != third
 
 
+def test_twice_is_once_and_uses_nobodys_random_numbers(tmp_path: Path) -> None:
+    path, states = tmp_path / "a.safetensors", []
+    for _ in range(2):
+        save_policy(small(), path, task="addition")
+        states.append({found.name: found.read_bytes() for found in tmp_path.iterdir()})
+    assert states[0] == states[1]
+    generator = torch.get_rng_state()
+    save_policy(load_policy(path), path, task="addition")
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert path.read_bytes() == states[0]["a.safetensors"]
+
+
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.safetensors"
     save_policy(small(), path)
@@ -61,6 +73,10 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: 
         save_policy(small(seed=1), path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+class Wider(CausalTransformer):
+    """What it adds would be lost in a file."""
 
 
 def saved(path: Path, state: dict[str, torch.Tensor], **changes: object) -> Path:
@@ -119,9 +135,32 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"one floating-point dtype, got \['torch.int64'\]"):
             load_policy(saved(tmp_path / "a", whole))
 
+    @pytest.mark.parametrize("configuration", [{"lr": 1e-3}, {"vocabulary_size": 7, "heads": 4}, None])
+    def test_the_sizes_are_the_policys_own(self, tmp_path: Path, configuration: object) -> None:
+        """Other sizes that fit the tensors would load as another network: four heads are not two."""
+        with pytest.raises(ValueError, match=r"origin: expected any name but configuration, .*, got configuration="):
+            save_policy(small(), tmp_path / "a", task="addition", configuration=configuration)
+        assert os.listdir(tmp_path) == []
+
+    def test_what_could_not_be_loaded_is_not_saved(self, tmp_path: Path) -> None:
+        mixed, longer, strange = small(), small(), small()
+        mixed.head.double()
+        longer.context_length = 6
+        strange.register_buffer("extra", torch.zeros(2))
+        for policy, message in [
+            (mixed, r"policy: expected tensors of one floating-point dtype, got \['torch.float32', 'torch.float64'\]"),
+            (longer, r"policy: tensor position_embedding\.weight: expected shape \(6, 8\), got \(5, 8\)"),
+            (strange, "policy: has an unknown tensor extra"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                save_policy(policy, tmp_path / "a")
+        assert os.listdir(tmp_path) == []
+
     def test_other_policies_cannot_be_saved(self, tmp_path: Path) -> None:
         with pytest.raises(TypeError, match="policy: expected a CausalTransformer, got TabularSoftmax"):
             save_policy(TabularSoftmax(2, 2), tmp_path / "a")
+        with pytest.raises(TypeError, match="policy: expected a CausalTransformer, got Wider"):
+            save_policy(Wider(7, 5, width=8, layers=1, heads=2), tmp_path / "a")
         with pytest.raises(TypeError, match="not JSON serializable"):
             save_policy(small(), tmp_path / "a", generator=torch.Generator())
         assert os.listdir(tmp_path) == []

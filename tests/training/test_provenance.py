@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,7 @@ import pytest
 import torch
 
 import isopo_mini
-from isopo_mini.training import provenance as module
-from isopo_mini.training.provenance import provenance, write_atomically, write_table
+from isopo_mini.training.provenance import provenance, write_table
 
 
 def strings(value: Any) -> list[str]:
@@ -59,17 +58,88 @@ class TestRecord:
         monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "benchmarks.step_cost", "--out=results/a.csv"])
         assert provenance()["command"] == "python -m benchmarks.step_cost --out=results/a.csv"
 
-    def test_outside_a_checkout_the_commit_is_unknown(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def no_git(*_: Any) -> str:
-            raise subprocess.CalledProcessError(128, "git")
+    def test_a_path_of_the_machine_after_an_equals_sign_is_cut(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        argument = f"--out={tmp_path / 'a.csv'}"
+        monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "benchmarks.step_cost", argument, "ntk:damping=0.1"])
+        assert provenance()["command"] == "python -m benchmarks.step_cost --out=a.csv ntk:damping=0.1"
 
-        monkeypatch.setattr(module, "_git", no_git)
-        assert provenance()["code"]["commit"] == "unknown"
 
-    @pytest.mark.parametrize(("changes", "commit"), [("", "abc"), (" M isopo_mini/batch.py", "abc+")])
-    def test_changed_code_gets_a_plus(self, changes: str, commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "_git", lambda _, command, *__: "abc" if command == "rev-parse" else changes)
-        assert provenance()["code"]["commit"] == commit
+def git(folder: Path, *arguments: str) -> str:
+    """Run git as somebody who has configured nothing."""
+    who = ["-c", "user.email=a@b", "-c", "user.name=x", "-c", "init.defaultBranch=main"]
+    command = ["git", *who, *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def make_repository(folder: Path, package: str, *, ignored: str = "", project: str = "isopo_mini") -> Path:
+    """A repository with one commit, and the package somewhere in it; where the package is."""
+    place = folder / package
+    place.mkdir(parents=True)
+    (place / "__init__.py").write_text("")
+    (folder / ".gitignore").write_text(ignored)
+    (folder / "pyproject.toml").write_text(f'[project]\nname = "{project}"\n')
+    git(folder, "init", "-q")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", "thesis")
+    return place
+
+
+class TestCommit:
+    @pytest.fixture
+    def commit_of(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], str]:
+        """What is said of a package that lies in this folder."""
+
+        def ask(place: Path) -> str:
+            monkeypatch.setattr(isopo_mini, "__file__", str(place / "__init__.py"))
+            return provenance()["code"]["commit"]
+
+        return ask
+
+    def test_of_a_checkout_is_its_own_and_changed_code_gets_a_plus(
+        self, tmp_path: Path, commit_of: Callable[[Path], str]
+    ) -> None:
+        place = make_repository(tmp_path, "isopo_mini")
+        commit = git(tmp_path, "rev-parse", "--short=12", "HEAD")
+        (tmp_path / "notes.txt").write_text("not code")
+        assert commit_of(place) == commit
+        (place / "__init__.py").write_text("changed")
+        assert commit_of(place) == commit + "+"
+
+    @pytest.mark.parametrize(
+        ("package", "options"),
+        [
+            (".venv/lib/site-packages/isopo_mini", {"ignored": ".venv", "project": "thesis"}),  # installed
+            ("isopo_mini", {"ignored": "isopo_mini"}),  # put beside somebody's own files
+            ("isopo_mini", {"project": "thesis"}),  # copied into somebody's repository
+            ("third_party/isopo_mini", {}),
+        ],
+    )
+    def test_of_the_repository_around_it_is_nobodys(
+        self, package: str, options: dict[str, str], tmp_path: Path, commit_of: Callable[[Path], str]
+    ) -> None:
+        assert commit_of(make_repository(tmp_path, package, **options)) == "unknown"
+
+    def test_outside_of_any_repository_it_is_unknown(
+        self, tmp_path: Path, commit_of: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        place = tmp_path / "isopo_mini"
+        place.mkdir()
+        assert commit_of(place) == "unknown"
+        monkeypatch.setenv("PATH", "")  # no git
+        assert commit_of(place) == "unknown"
+
+    def test_a_hook_of_another_repository_does_not_lend_it_its_own(
+        self, tmp_path: Path, commit_of: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Git names the repository of a hook by GIT_DIR."""
+        place = make_repository(tmp_path / "ours", "isopo_mini")
+        make_repository(tmp_path / "theirs", "isopo_mini")
+        git(tmp_path / "theirs", "commit", "--allow-empty", "-qm", "another")
+        commit = git(tmp_path / "ours", "rev-parse", "--short=12", "HEAD")
+        monkeypatch.setenv("GIT_DIR", str(tmp_path / "theirs" / ".git"))
+        assert commit_of(place) == commit
 
 
 class TestTable:
@@ -89,58 +159,34 @@ class TestTable:
         assert path.read_text() == "x\n2\n"
         assert json.loads((tmp_path / "a.json").read_text()) == {"value": 2}
 
+    def test_twice_is_once(self, tmp_path: Path) -> None:
+        states = []
+        for _ in range(2):
+            write_table(tmp_path / "a.csv", pd.DataFrame({"x": [0.1]}), provenance(seeds=[0]))
+            states.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
+        assert states[0] == states[1]
 
-class TestAtomic:
-    def test_others_may_read_the_file(self, tmp_path: Path) -> None:
-        write_atomically(tmp_path / "a.txt", "new")
-        assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o644
-
-    @pytest.mark.parametrize("fails", ["fsync", "chmod", "replace"])
-    @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-    def test_a_failure_leaves_the_old_file_and_nothing_else(
-        self, fails: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("call", [1, 2])
+    def test_interrupted_it_leaves_the_old_table_with_its_old_record(
+        self, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        path = tmp_path / "a.txt"
-        path.write_text("old")
+        """Also while the second of the two files is written: a table never stands beside the record of another."""
+        write_table(tmp_path / "a.csv", pd.DataFrame({"x": [1]}), {"value": 1})
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        fsync, calls = os.fsync, []
 
-        def raises(*_: Any) -> None:
-            raise error
+        def interrupt(handle: int) -> None:
+            calls.append(handle)
+            if len(calls) == call:
+                raise KeyboardInterrupt
+            fsync(handle)
 
-        monkeypatch.setattr(os, fails, raises)
-        with pytest.raises(type(error)):
-            write_atomically(path, "new")
-        assert path.read_text() == "old"
-        assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+        monkeypatch.setattr(os, "fsync", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            write_table(tmp_path / "a.csv", pd.DataFrame({"x": [2]}), {"value": 2})
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
-    def test_the_text_is_complete_before_it_gets_its_name(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        path = tmp_path / "a.txt"
-        replace, seen = os.replace, []
-
-        def look_then_replace(source: str, target: Path) -> None:
-            seen.append((Path(source).parent, Path(source).read_text(), target.exists()))
-            replace(source, target)
-
-        monkeypatch.setattr(os, "replace", look_then_replace)
-        write_atomically(path, "all of it")
-        assert seen == [(tmp_path, "all of it", False)]  # same folder: only there a rename is atomic
-        assert path.read_text() == "all of it"
-
-    def test_a_killed_process_leaves_the_old_file(self, tmp_path: Path) -> None:
-        """The real thing: the process dies in the middle of writing, with no chance to clean up."""
-        path = tmp_path / "a.txt"
-        path.write_text("old")
-        program = f"""
-            import importlib.util, os, sys
-            from unittest.mock import MagicMock
-            sys.modules.update({{name: MagicMock() for name in ("isopo_mini", "pandas", "torch")}})  # slow to import
-            spec = importlib.util.spec_from_file_location("provenance", {str(module.__file__)!r})
-            provenance = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(provenance)
-            os.fsync = lambda _: os._exit(9)
-            provenance.write_atomically(provenance.Path({str(path)!r}), "new" * 100_000)
-        """
-        result = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=False)
-        assert result.returncode == 9
-        assert path.read_text() == "old"
+    def test_a_name_that_the_record_needs_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"path: expected a table's name, such as a\.csv, got a\.json"):
+            write_table(tmp_path / "a.json", pd.DataFrame({"x": [1]}), {})
+        assert list(tmp_path.iterdir()) == []
