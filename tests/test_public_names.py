@@ -67,6 +67,8 @@ CONTRACT: dict[str, str] = {
     "objectives.values.episode_advantages": "discount trace_decay",
     "tasks.bandit.ContextualBandit.sample": "self policy num_sequences generator",
     "tasks.bandit.ContextualBandit.evaluate": "self policy",
+    "tasks.local_minimum": "system gain max_steps tolerance",
+    "tasks.solve_linear_program": "mdp constraints",
     "tasks.cartpole.CartPole": "max_steps",
     "tasks.cartpole.CartPole.sample": "self policy num_sequences generator",
     "tasks.cartpole.CartPole.evaluate": "self policy",

@@ -7,6 +7,7 @@ from isopo_mini.tasks import bandit, cartpole, lqr, mdp, occupancy, token_task, 
 from isopo_mini.tasks.bandit import Bandit, ContextualBandit
 from isopo_mini.tasks.cartpole import CartPole, Episodes
 from isopo_mini.tasks.lqr import LinearQuadratic
+from isopo_mini.tasks.lqr_minimum import local_minimum
 from isopo_mini.tasks.mdp import MDP, npg_step
 from isopo_mini.tasks.mdp_instances import random_mdp
 from isopo_mini.tasks.occupancy import solve_linear_program
@@ -27,6 +28,7 @@ __all__ = [
     "TokenTask",
     "bandit",
     "cartpole",
+    "local_minimum",
     "lqr",
     "make_task",
     "mdp",

@@ -10,8 +10,6 @@ fewer rows than states it is static output feedback. All of it in float64.
 The letters are those of control. A is a matrix here, not an advantage, and Q and R are weights of the cost.
 """
 
-import warnings
-
 import numpy as np
 import scipy.linalg
 import torch
@@ -19,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from isopo_mini import checks
+from isopo_mini.tasks import lyapunov
 
 
 class LinearQuadratic:
@@ -82,7 +81,8 @@ class LinearQuadratic:
         _require_symmetric("Q", self.Q, definite=False)
         _require_symmetric("R", self.R, definite=True)
         _require_symmetric("Sigma", self.Sigma, definite=True)
-        rank = torch.linalg.matrix_rank(self.C).item()
+        lengths = self.C.norm(dim=1, keepdim=True)
+        rank = torch.linalg.matrix_rank(self.C / torch.where(lengths > 0, lengths, 1)).item()  # whatever the units
         if rank < sizes["p"]:
             raise ValueError(f"C: expected {sizes['p']} independent rows, got rank {rank}")
         self.num_states, self.num_controls, self.num_outputs = sizes["n"], sizes["m"], sizes["p"]
@@ -91,37 +91,40 @@ class LinearQuadratic:
 
     def closed_loop(self, gain: Float[Tensor, "m p"]) -> Float[Tensor, "n n"]:
         """A − BKC, the map from one state to the next, `(n, n)`."""
+        return self.A - self.B @ self._on_states(gain)
+
+    def _on_states(self, gain: Tensor) -> Tensor:
+        """KC, what is done with each state, `(m, n)`."""
         checks.require_shape("gain", gain, "m p", {"m": self.num_controls, "p": self.num_outputs})
         checks.require_floating("gain", gain)
         checks.require_finite("gain", gain)
-        return self.A - self.B @ gain.detach().double() @ self.C
+        return gain.detach().double() @ self.C
 
     def spectral_radius(self, gain: Float[Tensor, "m p"]) -> float:
         """Largest modulus of an eigenvalue of A − BKC. The gain is stable, and J finite, exactly when it is below 1.
 
         Test it before trusting a step: beyond the boundary the Lyapunov equations still have solutions, which mean
-        nothing.
+        nothing. Everything below that needs a stable gain raises a ValueError for another one, and, in other words,
+        for a stable one of whose cost rounding leaves no digits.
         """
         return torch.linalg.eigvals(self.closed_loop(gain)).abs().max().item()
 
-    def _stable_loop(self, gain: Tensor) -> Tensor:
-        """A − BKC, or an error when its spectral radius is not below 1."""
-        radius = self.spectral_radius(gain)
-        if not radius < 1:
-            raise ValueError(f"gain: expected a stable closed loop A − BKC, got spectral radius {radius:.6g}")
-        return self.closed_loop(gain)
+    def _solve(self, gain: Tensor, constant: Tensor, *, transposed: bool = False) -> Tensor:
+        """X = constant + A_K X A_Kᵀ, or with A_K transposed, for a stable A_K = A − BKC; an error otherwise."""
+        loop, radius = self.closed_loop(gain), self.spectral_radius(gain)
+        lyapunov.require_stable(loop, radius)
+        return lyapunov.solve(loop.T if transposed else loop, constant, radius)
 
     # -- cost and gradient ---------------------------------------------------------------------------------------
 
     def value_matrix(self, gain: Float[Tensor, "m p"]) -> Float[Tensor, "n n"]:
         """P with xᵀPx the cost from x on: P = Q + CᵀKᵀRKC + (A−BKC)ᵀ P (A−BKC), `(n, n)`."""
-        loop = self._stable_loop(gain)
-        seen = gain.detach().double() @ self.C
-        return _lyapunov(loop.T, self.Q + seen.T @ self.R @ seen)
+        seen = self._on_states(gain)
+        return self._solve(gain, self.Q + seen.T @ self.R @ seen, transposed=True)
 
     def state_covariance(self, gain: Float[Tensor, "m p"]) -> Float[Tensor, "n n"]:
         """Σ_K = E Σ_t x_t x_tᵀ, the visits of states: Σ_K = Σ + (A−BKC) Σ_K (A−BKC)ᵀ, `(n, n)`."""
-        return _lyapunov(self._stable_loop(gain), self.Sigma)
+        return self._solve(gain, self.Sigma)
 
     def cost(self, gain: Float[Tensor, "m p"]) -> Float[Tensor, ""]:
         """J(K) = tr(P Σ). To be minimised, and not differentiable by autograd: see `gradient`."""
@@ -138,10 +141,34 @@ class LinearQuadratic:
 
     def gradient(self, gain: Float[Tensor, "m p"]) -> Float[Tensor, "m p"]:
         """∇J(K) = 2 [(R + BᵀPB) K C − BᵀPA] Σ_K Cᵀ, `(m, p)`."""
-        values, covariance = self.value_matrix(gain), self.state_covariance(gain)
-        seen = gain.detach().double() @ self.C
-        advantage = (self.R + self.B.T @ values @ self.B) @ seen - self.B.T @ values @ self.A  # (m, n)
-        return 2 * advantage @ covariance @ self.C.T
+        return 2 * self._advantage(gain, self.value_matrix(gain)) @ self.state_covariance(gain) @ self.C.T
+
+    def _advantage(self, gain: Tensor, values: Tensor) -> Tensor:
+        """(R + BᵀPB) K C − BᵀPA = RKC − BᵀP(A − BKC), `(m, n)`: what moving a control now is worth."""
+        return (self.R + self.B.T @ values @ self.B) @ self._on_states(gain) - self.B.T @ values @ self.A
+
+    def hessian(self, gain: Float[Tensor, "m p"]) -> Float[Tensor, "mp mp"]:
+        """∇²J(K), `(m·p, m·p)`, entries of K row by row: one pair of Lyapunov equations a column.
+
+        With E = (R + BᵀPB) K C − BᵀPA, so that ∇J = 2 E Σ_K Cᵀ, a change D of the gain changes it by
+
+            2 (E' Σ_K + E Σ_K') Cᵀ,  E' = (R + BᵀPB) D C − BᵀP'(A − BKC),
+
+        where P' and Σ_K' solve the equations of P and Σ_K with other constants: CᵀDᵀE and −BDCΣ_K(A − BKC)ᵀ, plus
+        their transposes.
+        """
+        loop, values, covariance = self.closed_loop(gain), self.value_matrix(gain), self.state_covariance(gain)
+        advantage, curvature = self._advantage(gain, values), self.R + self.B.T @ values @ self.B
+        columns = []
+        for shift in torch.eye(gain.numel(), dtype=torch.float64, device=loop.device):
+            change = shift.reshape(gain.shape) @ self.C  # DC
+            to_values, to_covariance = change.T @ advantage, -self.B @ change @ covariance @ loop.T
+            values_change = self._solve(gain, to_values + to_values.T, transposed=True)
+            covariance_change = self._solve(gain, to_covariance + to_covariance.T)
+            advantage_change = curvature @ change - self.B.T @ values_change @ loop
+            columns.append(2 * (advantage_change @ covariance + advantage @ covariance_change) @ self.C.T)
+        matrix = torch.stack([column.flatten() for column in columns])
+        return (matrix + matrix.T) / 2
 
     def natural_gradient(self, gain: Float[Tensor, "m p"]) -> Float[Tensor, "m p"]:
         """∇J(K) L⁻¹, `(m, p)`: the gradient with the visits divided out."""
@@ -180,27 +207,22 @@ class LinearQuadratic:
         return torch.from_numpy(values).to(self.A.device)
 
 
-def _lyapunov(loop: Tensor, constant: Tensor) -> Tensor:
-    """X = constant + loop X loopᵀ, symmetric; an error where rounding cannot tell the loop from an unstable one."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", scipy.linalg.LinAlgWarning)
-            solution = scipy.linalg.solve_discrete_lyapunov(loop.cpu().numpy(), constant.cpu().numpy())
-    except (np.linalg.LinAlgError, scipy.linalg.LinAlgWarning) as error:
-        radius = torch.linalg.eigvals(loop).abs().max().item()
-        message = f"gain: expected a stable closed loop A − BKC, got spectral radius {radius:.17g}, 1 up to rounding"
-        raise ValueError(message) from error
-    symmetric = (solution + solution.T) / 2
-    return torch.from_numpy(symmetric).to(loop.device)
-
-
 def _require_symmetric(name: str, matrix: Tensor, *, definite: bool) -> None:
-    """Check that a weight is symmetric and positive (semi)definite, up to the rounding of float32."""
-    scale = matrix.abs().max().item()
-    asymmetry = (matrix - matrix.T).abs().max().item()
-    if asymmetry > 1e-6 * scale:
-        raise ValueError(f"{name}: expected a symmetric matrix, got mirrored entries that differ by {asymmetry:g}")
-    smallest = torch.linalg.eigvalsh(matrix)[0].item()
+    """Check that a weight is symmetric and positive (semi)definite, up to the rounding of float32.
+
+    Its diagonal is scaled to 1 first: units of the states that are far apart make no weight indefinite.
+    """
+    sizes = matrix.diagonal().clamp(min=0).sqrt()
+    sizes = torch.where(sizes > 0, sizes, 1.0)
+    scaled = matrix / sizes / sizes[:, None]
+    asymmetry, scale = (matrix - matrix.T).abs(), scaled.abs().max().item()
+    if (asymmetry / sizes / sizes[:, None]).max() > 1e-6 * scale:
+        raise ValueError(
+            f"{name}: expected a symmetric matrix, got mirrored entries that differ by {asymmetry.max():g}"
+        )
+    smallest = torch.linalg.eigvalsh(scaled)[0].item()
     if smallest <= 0 if definite else smallest < -1e-6 * scale:
         kind = "definite" if definite else "semidefinite"
-        raise ValueError(f"{name}: expected a positive {kind} matrix, got smallest eigenvalue {smallest:g}")
+        raise ValueError(
+            f"{name}: expected a positive {kind} matrix, got smallest eigenvalue {smallest:g} where the diagonal is 1"
+        )
