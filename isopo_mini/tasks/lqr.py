@@ -189,22 +189,25 @@ class LinearQuadratic:
         Raises:
             ValueError: no gain stabilises the system, or Q does not see a part of it that lies on the boundary.
         """
-        values = self._riccati()
-        return torch.linalg.solve(self.R + self.B.T @ values @ self.B, self.B.T @ values @ self.A)
+        return self._riccati()[1]
 
     def optimal_cost(self) -> Float[Tensor, ""]:
         """tr(PΣ) with P from the Riccati equation: the least J when C = I, and a lower bound for every C."""
-        return (self._riccati() * self.Sigma).sum()
+        return (self._riccati()[0] * self.Sigma).sum()
 
-    def _riccati(self) -> Tensor:
-        """P = Q + AᵀPA − AᵀPB (R + BᵀPB)⁻¹ BᵀPA, the stabilising solution."""
+    def _riccati(self) -> tuple[Tensor, Tensor]:
+        """P = Q + AᵀPA − AᵀPB (R + BᵀPB)⁻¹ BᵀPA, the stabilising solution, and its gain (R + BᵀPB)⁻¹ BᵀPA."""
+        expected = "A, B, Q: expected a system that some gain on the whole state stabilises and Q sees"
         try:
-            values = scipy.linalg.solve_discrete_are(*(M.cpu().numpy() for M in (self.A, self.B, self.Q, self.R)))
+            solution = scipy.linalg.solve_discrete_are(*(M.cpu().numpy() for M in (self.A, self.B, self.Q, self.R)))
         except np.linalg.LinAlgError as error:
-            raise ValueError(
-                f"A, B, Q: expected a system that some gain on the whole state stabilises and Q sees, got {error}"
-            ) from error
-        return torch.from_numpy(values).to(self.A.device)
+            raise ValueError(f"{expected}, got {error}") from error
+        values = torch.from_numpy(solution).to(self.A.device)
+        gain = torch.linalg.solve(self.R + self.B.T @ values @ self.B, self.B.T @ values @ self.A)
+        radius = torch.linalg.eigvals(self.A - self.B @ gain).abs().max().item()
+        if not radius < 1 - 1e-12:  # what is on the boundary, the solver sees or not, as rounding has it
+            raise ValueError(f"{expected}, got spectral radius {radius:.6g} with the best gain")
+        return values, gain
 
 
 def _require_symmetric(name: str, matrix: Tensor, *, definite: bool) -> None:

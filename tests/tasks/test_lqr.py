@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -111,6 +112,19 @@ class TestCostAndGradient:
             # Truncation: step² times a third derivative of order J; rounding: 1e-16 J / step.
             scale = 1 + system.cost(gain).item() + system.gradient(gain).abs().max().item()
             assert (high - low) / (2 * step) == pytest.approx(closed_form.item(), abs=1e-5 * scale)
+
+    @quick
+    @given(instance=instances, seed=st.integers(0, 100))
+    def test_hessian_agrees_with_finite_differences_of_the_gradient(self, instance: dict[str, int], seed: int) -> None:
+        system = random_system(**instance)
+        gain, step = stable_gain(system, seed), 1e-5
+        matrix = system.hessian(gain)
+        assert torch.equal(matrix, matrix.T)
+        for row, shift in zip(matrix, step * torch.eye(gain.numel(), dtype=torch.float64), strict=True):
+            high, low = (system.gradient(gain + sign * shift.reshape(gain.shape)).flatten() for sign in (1, -1))
+            # Truncation: step² times a third derivative; rounding: 1e-16 ‖∇J‖ / step. Both far below.
+            scale = 1 + matrix.abs().max() + system.gradient(gain).abs().max()
+            torch.testing.assert_close((high - low) / (2 * step) / scale, row / scale, rtol=0, atol=1e-5)
 
     @quick
     @given(instance=instances, seed=st.integers(0, 100))
@@ -301,3 +315,15 @@ class TestBadInput:
         unreachable = self.parts() | {"A": double([0.5, 0.0], [0.0, 2.0])}
         with pytest.raises(ValueError, match="A, B, Q: expected a system that some gain on the whole state stabilises"):
             LinearQuadratic(**unreachable).optimal_gain()
+
+    @pytest.mark.parametrize("seed", range(30))
+    def test_what_nothing_reaches_on_the_boundary(self, seed: int) -> None:
+        """State 0 stays as it is whatever is done. For every fourth such system SciPy finds a solution, which stabilises nothing."""
+        draw = np.random.default_rng(seed)
+        size = int(draw.integers(2, 7))
+        A, B, eye = 3 * draw.normal(size=(size, size)), draw.normal(size=(size, 1)), np.eye(size)
+        A[0], B[0] = eye[0], 0
+        system = LinearQuadratic(*map(torch.from_numpy, (A, B, eye, eye[:1, :1], eye)))
+        for method in (system.optimal_gain, system.optimal_cost):
+            with pytest.raises(ValueError, match="A, B, Q: expected a system that some gain on the whole state stabil"):
+                method()
