@@ -34,6 +34,7 @@ INTERNAL = {
     "isopo_mini.objectives.bookkeeping",
     "isopo_mini.precision",
     "isopo_mini.tasks.lyapunov",
+    "isopo_mini.training.record_files",
     "isopo_mini.writing",
 }
 

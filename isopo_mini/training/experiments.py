@@ -15,7 +15,6 @@ Times are of use only when the machine does nothing else: give `--processes 1` w
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -35,9 +34,9 @@ from isopo_mini import checks
 from isopo_mini.training import records, rule_specs
 from isopo_mini.training.optimizers import OPTIMIZERS
 from isopo_mini.training.provenance import provenance, write_table
+from isopo_mini.training.record_files import VARIED, claim
 from isopo_mini.training.runs import Run, run
 from isopo_mini.training.setups import SETUPS
-from isopo_mini.writing import write_atomically
 
 
 def grid(
@@ -79,7 +78,8 @@ def run_all(runs: Sequence[Run], folder: Path, processes: int = 1) -> None:
     Args:
         runs: see `grid`.
         folder: results; records go into a folder of their own inside it.
-        processes: how many runs at a time, each in a process with one thread; 1 is this process.
+        processes: how many runs at a time, each in a process with one thread; 1 is this process. With more, a script
+            must call this under `if __name__ == "__main__":`, because each process imports it anew.
 
     Raises:
         RuntimeError: runs failed with an error of their own, or a process died. All others have their records then.
@@ -95,7 +95,9 @@ def run_all(runs: Sequence[Run], folder: Path, processes: int = 1) -> None:
                 bar.update()
         else:
             # Not forked: a process that has used threads or a GPU cannot be copied safely.
-            pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker)
+            context = multiprocessing.get_context("spawn")
+            started = context.Event()
+            pool = ProcessPoolExecutor(processes, context, _start_worker, (started,))
             try:
                 waiting = {pool.submit(run_and_record, one, folder): one for one in missing}
                 for done in as_completed(waiting):
@@ -106,8 +108,12 @@ def run_all(runs: Sequence[Run], folder: Path, processes: int = 1) -> None:
                 pool.shutdown(cancel_futures=True)  # on Ctrl-C, not another run is started
     if failed:
         name, error = next(iter(failed.items()))
-        advice = "; start the same command again" if isinstance(error, BrokenProcessPool) else ""
-        raise RuntimeError(f"{len(failed)} of {len(runs)} runs failed, first {name}: {error}{advice}") from error
+        advice = ""
+        if isinstance(error, BrokenProcessPool):
+            advice = "; start the same command again" if started.is_set() else f"; {_GUARD}"
+        raise RuntimeError(
+            f"{len(failed)} of {len(runs)} runs failed, first {name}: {str(error).rstrip('.')}{advice}"
+        ) from error
 
 
 def run_and_record(one: Run, folder: Path) -> None:
@@ -123,8 +129,17 @@ def _attempt(one: Run, folder: Path, failed: dict[str, BaseException]) -> None:
         failed[one.file_name] = error
 
 
-def _start_worker() -> None:
+# Why no process of several ever started.
+_GUARD = (
+    "no process got as far as to start. Each of them imports the program anew, so a script must call this under "
+    '`if __name__ == "__main__":`, and a program from standard input cannot have processes. Mend that, or give '
+    "processes=1"
+)
+
+
+def _start_worker(started: Any) -> None:
     """One thread for the work, and one that ends this process when its parent has died, even by SIGKILL."""
+    started.set()
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
 
@@ -183,9 +198,9 @@ def compare(
     first = grid(task, step_sizes, sorted(seeds), **settings)
     if not first:
         raise ValueError("grid: expected at least one rule, step size and seed, got an empty grid")
-    shared = {name: value for name, value in asdict(first[0]).items() if name not in _VARIED}
+    shared = {name: value for name, value in asdict(first[0]).items() if name not in VARIED}
     config = shared | {"step_sizes": step_sizes, "seeds": sorted(seeds), "report_seeds": sorted(report_seeds)}
-    _claim(folder, config, extend)
+    claim(folder, config, extend)
     run_all(first, folder, processes)
     choices = records.best_learning_rates(records.load_records(folder))
     best = dict(zip(choices["rule"], choices["learning_rate"], strict=True))
@@ -194,39 +209,6 @@ def compare(
     table = records.summary(records.load_records(folder))
     write_table(folder / "summary.csv", table, provenance(shared["device"], configuration=config))
     return table
-
-
-_VARIED = ("rule", "learning_rate", "seed", "phase")
-
-
-def _claim(folder: Path, config: dict[str, Any], extend: bool) -> None:
-    """Make the folder this configuration's, or make sure that it is."""
-    path = folder / "config.json"
-    if path.exists():
-        old = json.loads(path.read_text())
-        different = sorted(name for name in old.keys() | config.keys() if old.get(name) != config.get(name))
-        if extend and _contains(config, old):
-            different = []
-        if different:
-            name = different[0]
-            raise ValueError(
-                f"out: expected a folder with this configuration, got {folder.name} with another "
-                f"{', '.join(different)} ({name}: {old.get(name)} there, {config.get(name)} here); "
-                "choose another folder, or add rules, step sizes and seeds to it with --extend"
-            )
-    elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"out: expected a new folder or one of an experiment, got {folder.name} without config.json")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(config, indent=2) + "\n")
-
-
-def _contains(config: dict[str, Any], old: dict[str, Any]) -> bool:
-    """Whether a configuration has all of an older one and differs only in having more."""
-    varied = ("step_sizes", "seeds", "report_seeds")
-    if {**config, **dict.fromkeys(varied)} != {**old, **dict.fromkeys(varied)}:
-        return False
-    more_sizes = all(set(sizes) <= set(config["step_sizes"].get(rule, ())) for rule, sizes in old["step_sizes"].items())
-    return more_sizes and all(set(old[name]) <= set(config[name]) for name in ("seeds", "report_seeds"))
 
 
 def parse_rules(rules: Sequence[str], learning_rates: Sequence[float]) -> dict[str, list[float]]:

@@ -1,11 +1,10 @@
-"""Records of runs: one small JSON file each, and the three tables that chapters read from them.
+"""Records of runs, and the three tables that chapters read from them; `record_files` has the files.
 
 `load_records` gives one row a run, `curves` one row an evaluation, `summary` one row a rule: the step size is picked
 on the choosing seeds, and what is reported comes from other seeds only. Everything can be computed from the files
 again, in any order of them.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,10 +14,12 @@ import numpy as np
 import pandas as pd
 from scipy.integrate import trapezoid
 
+from isopo_mini.training.record_files import FOLDER as FOLDER
+from isopo_mini.training.record_files import read_record as read_record
+from isopo_mini.training.record_files import read_records
+from isopo_mini.training.record_files import write_record as write_record
 from isopo_mini.training.statistics import bootstrap_interval
-from isopo_mini.writing import write_atomically
 
-FOLDER = "records"
 PHASES = ("choose", "report")
 # What is counted up to the first evaluation that reaches the target.
 COSTS = ("step", "samples", "actions", "backward_passes", "seconds")
@@ -37,8 +38,17 @@ def scores(curve: Mapping[str, list], target: float | None = None) -> dict[str, 
         least one; it decides which step size is best. `final`, the last "return". `area`, the time average of
         "return" over all steps (trapezoids). `to_target`, what had been spent (see `COSTS`) at the first evaluation
         with "return" ≥ target; None when there was none.
+
+    Raises:
+        ValueError: there are fewer than two entries, or a return is not finite: where a run has broken down it is the
+            task's lowest.
     """
     returns, steps = np.asarray(curve["return"], dtype=float), np.asarray(curve["step"], dtype=float)
+    if len(returns) != len(steps) or len(returns) < 2:
+        raise ValueError(f"curve: expected two or more returns, one a step, got {len(returns)} for {len(steps)} steps")
+    if not np.isfinite(returns).all():
+        place = int(np.flatnonzero(~np.isfinite(returns))[0])
+        raise ValueError(f"curve: expected finite returns, got {curve['return'][place]} at step {curve['step'][place]}")
     last = max(1, math.ceil((len(returns) - 1) / 4))
     reached = np.flatnonzero(returns >= (math.inf if target is None else target))
     return {
@@ -63,27 +73,6 @@ def rounded(value: Any, digits: int = 5) -> Any:
     return value
 
 
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write one run as JSON, a line a part, whole or not at all."""
-    parts = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in record.items()]
-    write_atomically(path, "{\n" + ",\n".join(parts) + "\n}\n")
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Read one run.
-
-    Raises:
-        ValueError: the file is no record.
-    """
-    try:
-        record = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path.name}: expected the record of a run, got no JSON ({error})") from error
-    if not isinstance(record, dict) or not {"run", "score", "curve"} <= record.keys():
-        raise ValueError(f"{path.name}: expected the record of a run, with run, score and curve")
-    return record
-
-
 def load_records(folder: str | Path) -> pd.DataFrame:
     """All runs of a result folder, one row each.
 
@@ -97,12 +86,9 @@ def load_records(folder: str | Path) -> pd.DataFrame:
         size and seed.
 
     Raises:
-        ValueError: there are no records, or a file is none.
+        ValueError: there are no records, or a file is none of this experiment's; names it. See `record_files`.
     """
-    paths = sorted((Path(folder) / FOLDER).glob("*.json"))
-    if not paths:
-        raise ValueError(f"folder: expected records in {Path(folder).name}/{FOLDER}, got none")
-    return as_table(read_record(path) for path in paths)
+    return as_table(read_records(Path(folder)))
 
 
 def as_table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -143,10 +129,13 @@ def best_learning_rates(records: pd.DataFrame) -> pd.DataFrame:
         "highest" when the best one is the end of its grid, so that a wider grid might do better; else "".
 
     Raises:
-        ValueError: the step sizes of a rule were not tried with the same seeds: the grid is not finished.
+        ValueError: the step sizes of a rule were not tried with the same seeds: the grid is not finished. A run is
+            there twice. A score is not finite; that of a run that broke down is its task's lowest return, and a mean
+            over the other seeds would choose what breaks down.
     """
+    choosing = _sound(records, "choose")
     rows = []
-    for key, group in records[records["phase"] == "choose"].groupby(_GROUP):
+    for key, group in choosing.groupby(_GROUP):
         seeds = group.groupby("learning_rate")["seed"].agg(lambda values: " ".join(map(str, sorted(values))))
         if seeds.nunique() > 1:
             raise ValueError(
@@ -176,14 +165,40 @@ def summary(records: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame:
         `backward_passes` and `seconds`; `to_target_samples` and so on: the median over seeds, where a seed that never
         got there counts as infinitely late (NaN when that is the median).
         All NaN without reporting seeds; the ends of an interval are NaN for a single seed.
+
+    Raises:
+        ValueError: see `best_learning_rates`; it holds for the reporting seeds too.
     """
+    reporting = _sound(records, "report")
     rows = []
     for choice in best_learning_rates(records).to_dict("records"):
-        same = records["phase"] == "report"
+        same = pd.Series(True, index=reporting.index)
         for name in (*_GROUP, "learning_rate"):
-            same &= records[name] == choice[name]
-        rows.append({str(name): value for name, value in choice.items()} | _reported(records[same], confidence))
+            same &= reporting[name] == choice[name]
+        rows.append({str(name): value for name, value in choice.items()} | _reported(reporting[same], confidence))
     return pd.DataFrame(rows)
+
+
+def _sound(records: pd.DataFrame, phase: str) -> pd.DataFrame:
+    """The runs of a phase, once it is sure that each is there once and has its numbers."""
+    runs = records[records["phase"] == phase]
+    twice = runs[runs.duplicated([*_GROUP, "learning_rate", "seed"])]
+    if len(twice):
+        raise ValueError(f"records: expected every run once, got {_named(twice)} twice")
+    for name in ("score", "area") if phase == "report" else ("score",):
+        bad = runs[~np.isfinite(runs[name].astype(float))]
+        if len(bad):
+            raise ValueError(
+                f"records: expected finite numbers, got {name} {bad[name].iloc[0]} of {_named(bad)}; "
+                "that of a run that broke down is its task's lowest return"
+            )
+    return runs
+
+
+def _named(runs: pd.DataFrame) -> str:
+    """Which run the first of these is."""
+    first = runs.iloc[0]
+    return f"{first['rule']}, step size {first['learning_rate']:g}, seed {first['seed']} ({first['phase']})"
 
 
 def _reported(runs: pd.DataFrame, confidence: float) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """One run: a rule on a task with a step size and a seed, and the record that is left of it."""
 
 import math
-import re
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from isopo_mini.training import records, rule_specs
 from isopo_mini.training.loop import Task, train
 from isopo_mini.training.optimizers import OPTIMIZERS, make_optimizer
 from isopo_mini.training.provenance import provenance
+from isopo_mini.training.record_files import file_name
 from isopo_mini.training.setups import setup_of
 
 # Columns of `train` that count from the start; the others are means since the evaluation before.
@@ -68,9 +68,8 @@ class Run:
 
     @property
     def file_name(self) -> str:
-        """Of its record: rule, step size and seed, in characters that every file system takes."""
-        rule = re.sub(r"[^\w.=+-]", "_", self.rule)
-        return f"{rule}__{self.learning_rate:g}__{self.seed}.json"
+        """Of its record: see `record_files.file_name`."""
+        return file_name(self.rule, self.learning_rate, self.seed)
 
 
 class _Watched:

@@ -115,6 +115,30 @@ class TestFolder:
         assert (tmp_path / "config.json").read_text() == before
         assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
+    def test_twice_is_once(self, tmp_path: Path) -> None:
+        states = []
+        for _ in range(2):
+            small(tmp_path, report_seeds=[10])
+            states.append({path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()})
+            origin = json.loads(states[-1].pop(tmp_path / "summary.json"))
+            states[-1] |= {name: origin[name] for name in origin if name not in CLOCKS}
+        assert states[0] == states[1]
+
+    def test_a_record_from_elsewhere_is_named(self, tmp_path: Path) -> None:
+        """It would have a say in which step size is best."""
+        small(tmp_path)
+        own = tmp_path / "records" / "reinforce__0.1__0.json"
+        record = json.loads(own.read_text())
+        record["run"]["learning_rate"] = 0.2
+        stray = own.with_name("reinforce__0.2__0.json")
+        stray.write_text(json.dumps(record))
+        with pytest.raises(ValueError, match=rf"{stray.name}: expected a run of this folder's experiment, .* got 0\.2"):
+            small(tmp_path)
+
+    def test_killed_while_its_configuration_was_written_it_can_start_again(self, tmp_path: Path) -> None:
+        (tmp_path / ".config.json.k3x9").write_text('{"task": ')
+        assert len(small(tmp_path, report_seeds=[])) == 2
+
     def test_of_something_else_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "thesis.tex").touch()
         with pytest.raises(ValueError, match=r"out: expected a new folder .* without config\.json"):
@@ -222,6 +246,30 @@ class TestFailures:
                 processes=2,
             )
         assert list(kept(tmp_path)) == ["reinforce__0.1__0.json"]
+
+
+SCRIPT = """
+from pathlib import Path
+from isopo_mini.training.experiments import compare
+compare(Path("out"), "bandit", {"reinforce": [0.1]}, [0, 1], processes=2, steps=2)
+"""
+
+
+@pytest.mark.parametrize("way", ["script", "standard input"])
+def test_a_script_without_a_guard_is_told_so(way: str, tmp_path: Path) -> None:
+    """'Start the same command again' would be said for ever."""
+    (tmp_path / "mine.py").write_text(SCRIPT)
+    root = Path(experiments.__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    command, text = ([sys.executable, "mine.py"], None) if way == "script" else ([sys.executable, "-"], SCRIPT)
+    result = subprocess.run(
+        command, input=text, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    last = result.stderr.rstrip().splitlines()[-1]
+    assert 'a script must call this under `if __name__ == "__main__":`' in last
+    assert "from standard input cannot have processes" in last
+    assert "start the same command again" not in last
 
 
 class TestCommandLine:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pandas as pd
 import pytest
 
 from isopo_mini.training import records
+from isopo_mini.training.record_files import file_name
 from isopo_mini.training.statistics import bootstrap_interval
 
 
@@ -64,6 +66,14 @@ class TestScores:
     def test_a_target_that_was_not_reached(self) -> None:
         assert records.scores({"step": [0, 5], "return": [0.0, 0.2]}, target=0.3)["to_target"] is None
         assert records.scores({"step": [0, 5], "return": [0.4, 0.2]}, target=0.3)["to_target"] == {"step": 0}
+
+    def test_a_return_that_is_no_number_is_no_score(self) -> None:
+        for bad in (math.nan, math.inf, None):
+            with pytest.raises(ValueError, match=rf"curve: expected finite returns, got {bad} at step 5"):
+                records.scores({"step": [0, 5, 9], "return": [0.0, bad, 0.3]})
+        for steps, returns in [([0], [0.5]), ([0, 5], [0.5])]:
+            with pytest.raises(ValueError, match=r"curve: expected two or more returns, one a step, got 1 for"):
+                records.scores({"step": steps, "return": returns})
 
 
 def test_rounding_keeps_five_digits_and_what_json_cannot_say_becomes_none() -> None:
@@ -142,6 +152,32 @@ class TestSummary:
         row = records.summary(table).iloc[0]
         assert (row["diverged"], row["seeds"], row["score"], row["backward_passes"]) == (1, 2, 0.2, 10)
 
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("scores", [[None, None], [0.9, None], [None, 0.9]])
+    def test_a_score_that_is_no_number_is_never_chosen_nor_left_out(self, bad: float, scores: list) -> None:
+        """`argmax` takes a NaN for the largest, and a mean without it would choose what breaks down half the time."""
+        worse = [bad if score is None else score for score in scores]
+        table = records.as_table(grid({0.01: worse, 0.1: [0.7, 0.7]}))
+        for function in (records.best_learning_rates, records.summary):
+            with pytest.raises(ValueError, match=rf"got score {bad} of ntk, step size 0\.01, seed \d \(choose\); that"):
+                function(table)
+
+    def test_nor_reported_without(self) -> None:
+        choose = grid({0.1: [0.7]})
+        report = grid({0.1: [0.7, math.nan, 0.6]}, phase="report", first=100)
+        with pytest.raises(ValueError, match=r"got score nan of ntk, step size 0\.1, seed 101 \(report\)"):
+            records.summary(records.as_table([*choose, *report]))
+        report = grid({0.1: [0.7, 0.6]}, phase="report", first=100)
+        report[0]["area"] = math.inf
+        with pytest.raises(ValueError, match=r"got area inf of ntk, step size 0\.1, seed 100 \(report\)"):
+            records.summary(records.as_table([*choose, *report]))
+
+    def test_a_run_counts_once(self) -> None:
+        choose, report = grid({0.1: [0.7]}), grid({0.1: [0.7, 0.6]}, phase="report", first=100)
+        for runs, named in [([*choose, *choose, *report], "0 .choose"), ([*choose, *report, report[1]], "101 .report")]:
+            with pytest.raises(ValueError, match=rf"expected every run once, got ntk, step size 0\.1, seed {named}"):
+                records.summary(records.as_table(runs))
+
     def test_without_reporting_seeds_nothing_is_reported(self) -> None:
         row = records.summary(records.as_table(grid({0.1: [0.5, 0.7]}))).iloc[0]
         assert (row["choose_score"], row["seeds"]) == (0.6, 0)
@@ -160,13 +196,29 @@ def test_curves_have_one_row_an_evaluation() -> None:
     assert long["kl"].isna().tolist() == [True, True, True, False]
 
 
+def write(folder: Path, one: dict[str, Any]) -> Path:
+    """Put a record where it belongs."""
+    run = one["run"]
+    path = folder / "records" / file_name(run["rule"], run["learning_rate"], run["seed"])
+    path.parent.mkdir(exist_ok=True)
+    records.write_record(path, one)
+    return path
+
+
+CONFIGURATION = {
+    "task": "bandit",
+    "optimizer": "adamw",
+    "step_sizes": {"ntk": [0.1, 0.2], "grpo": [0.1]},
+    "seeds": [0, 1],
+    "report_seeds": [100],
+}
+
+
 class TestFiles:
     def test_come_back_as_they_were_whatever_their_order(self, tmp_path: Path) -> None:
         runs = grid({0.1: [0.5, 0.25], 0.02: [0.125, 1.0]})
-        (tmp_path / "records").mkdir()
-        for name, one in zip("dbca", runs, strict=True):
-            records.write_record(tmp_path / "records" / f"{name}.json", one)
-            assert records.read_record(tmp_path / "records" / f"{name}.json") == one
+        for one in reversed(runs):
+            assert records.read_record(write(tmp_path, one)) == one
         loaded = records.load_records(tmp_path)
         pd.testing.assert_frame_equal(loaded, records.as_table(runs))
         assert list(loaded["score"]) == [0.125, 1.0, 0.5, 0.25]  # by step size, then seed
@@ -180,3 +232,82 @@ class TestFiles:
             broken.write_text(text)
             with pytest.raises(ValueError, match=rf"half\.json: expected the record of a run, {complaint}"):
                 records.load_records(tmp_path)
+        broken.write_bytes(b"\x00\x05\x16\x07\xff")  # what some systems leave beside every file
+        with pytest.raises(ValueError, match=r"half\.json: expected the record of a run, got no JSON"):
+            records.load_records(tmp_path)
+
+    @pytest.mark.parametrize("part", ["area", "to_target", "wall_seconds"])
+    def test_a_part_that_is_missing_is_named(self, tmp_path: Path, part: str) -> None:
+        one = record("ntk", 0.1, 0, 0.5)
+        del one[part]
+        path = write(tmp_path, one)
+        with pytest.raises(ValueError, match=rf"ntk__0\.1__0\.json: expected the record of a run, got .* {part}"):
+            records.read_record(path)
+
+    def test_a_run_that_is_none_is_named(self, tmp_path: Path) -> None:
+        path = write(tmp_path, record("ntk", 0.1, 0, 0.5))
+        for run, missing in [("ntk", "task, rule, learning_rate"), ({"rule": "ntk"}, "task, learning_rate")]:
+            records.write_record(path, record("ntk", 0.1, 0, 0.5) | {"run": run})
+            with pytest.raises(ValueError, match=rf"expected the record of a run, got one without {missing}"):
+                records.read_record(path)
+
+    @pytest.mark.parametrize("value", [None, math.nan, "0.5"])
+    @pytest.mark.parametrize("part", ["score", "final", "area"])
+    def test_a_score_that_is_no_number_is_refused(self, tmp_path: Path, part: str, value: Any) -> None:
+        path = write(tmp_path, record("ntk", 0.1, 0, 0.5))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {part: value}))
+        with pytest.raises(ValueError, match=rf"ntk__0\.1__0\.json: expected a finite {part}, got {value}"):
+            records.load_records(tmp_path)
+
+    def test_a_copy_would_make_one_seed_weigh_double(self, tmp_path: Path) -> None:
+        path = write(tmp_path, record("ntk", 0.1, 0, 0.5))
+        (path.parent / "ntk__0.1__0 copy.json").write_bytes(path.read_bytes())
+        with pytest.raises(ValueError, match=r"ntk__0\.1__0 copy\.json: expected ntk__0\.1__0\.json, the name of"):
+            records.load_records(tmp_path)
+
+    def test_what_the_configuration_does_not_name_is_refused(self, tmp_path: Path) -> None:
+        """A record of another task, or of a step size that was never part of this, would be summarised along."""
+        (tmp_path / "config.json").write_text(json.dumps(CONFIGURATION))
+        own = record("ntk", 0.1, 0, 0.5), record("ntk", 0.2, 1, 0.5), record("grpo", 0.1, 100, 0.5, "report")
+        for one in own:
+            write(tmp_path, one)
+        assert len(records.load_records(tmp_path)) == len(own)
+        elsewhere = record("ntk", 0.2, 0, 0.5)
+        elsewhere["run"]["task"] = "cartpole"
+        for one, message in [
+            (elsewhere, "with task bandit, got cartpole"),
+            (record("ppo", 0.1, 0, 0.5), "with rule ntk, grpo, got ppo"),
+            (record("grpo", 0.2, 0, 0.5), r"with learning_rate 0\.1, got 0\.2"),
+            (record("ntk", 0.2, 100, 0.5), "with seed 0, 1, got 100"),
+            (record("ntk", 0.2, 0, 0.5, "report"), "with seed 100, got 0"),
+            (record("ntk", 0.2, 0, 0.5, "test"), "with phase choose, report, got test"),
+        ]:
+            path = write(tmp_path, one)
+            with pytest.raises(
+                ValueError, match=rf"{path.name}: expected a run of this folder's experiment, {message}"
+            ):
+                records.load_records(tmp_path)
+            path.unlink()
+        assert len(records.load_records(tmp_path)) == len(own)
+
+    def test_a_configuration_that_is_none_is_named(self, tmp_path: Path) -> None:
+        write(tmp_path, record("ntk", 0.1, 0, 0.5))
+        for text in ("{", "[]", '{"seeds": [0]}'):
+            (tmp_path / "config.json").write_text(text)
+            with pytest.raises(ValueError, match=r"config\.json: expected the configuration of an experiment, "):
+                records.load_records(tmp_path)
+
+    def test_twice_is_once_and_an_interruption_leaves_the_old_record(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = write(tmp_path, record("ntk", 0.1, 0, 0.5))
+        before = path.read_bytes()
+        assert write(tmp_path, record("ntk", 0.1, 0, 0.5)).read_bytes() == before
+
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(os, "replace", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path, record("ntk", 0.1, 0, 0.7))
+        assert {found.name: found.read_bytes() for found in path.parent.iterdir()} == {path.name: before}
