@@ -18,6 +18,7 @@ from torch.func import grad, jacrev, vjp, vmap
 from isopo_mini import checks
 from isopo_mini.geometry import functional
 from isopo_mini.geometry.functional import Parameters
+from isopo_mini.precision import at_least_float32, common_dtype, require_fits
 
 # Numbers a chunk of `exact_fisher` holds at most: 128 MiB in float64.
 _CHUNK_NUMBERS = 2**24
@@ -142,13 +143,14 @@ def empirical_fisher(scores: Float[Tensor, "N P"]) -> Float[Tensor, "P P"]:
 
     Raises:
         TypeError: not a floating-point tensor.
-        ValueError: wrong shape, empty, or not finite.
+        ValueError: wrong shape, empty, not finite, or so large that their products do not fit.
     """
     checks.require_shape("scores", scores, "N P")
     checks.require_floating("scores", scores)
     checks.require_not_empty("scores", scores)
     checks.require_finite("scores", scores)
-    return scores.mT @ scores / len(scores)
+    scores = at_least_float32(scores)
+    return require_fits("scoresᵀscores/N", scores.mT @ scores / len(scores))
 
 
 def fisher_vector_product(
@@ -183,7 +185,8 @@ def fisher_vector_product(
     checks.require_same_device("vector", vector, "logits", share)
     checks.require_finite("vector", vector)
     tangents = {
-        name: piece.reshape(parameters[name].shape) for name, piece in zip(parameters, vector.split(sizes), strict=True)
+        name: require_fits("vector", piece.to(parameters[name].dtype)).reshape(parameters[name].shape)
+        for name, piece in zip(parameters, vector.split(sizes), strict=True)
     }
 
     def logits(parameters: Parameters) -> Tensor:
@@ -244,9 +247,10 @@ def _position_weights(
     checks.require_floating("weights", weights)
     checks.require_same_device("weights", weights, "logits", logits)
     checks.require_finite("weights", weights)
-    if (weights < 0).any() or weights.sum() <= 0:
+    if (weights < 0).any() or not weights.any():
         raise ValueError(f"weights: expected numbers >= 0, not all of them 0, got {weights.tolist()}")
     keep = _checked_mask(mask, "logits", logits, logits.shape[:-1])
-    weights = weights.to(logits.dtype)
-    shares = (weights / weights.sum()).reshape(-1, *[1] * (logits.ndim - 2))
-    return shares * keep, logits.shape[-1]
+    weights = weights.to(common_dtype((weights, logits)))
+    weights = weights / weights.max()  # first, so that the sum of large weights does not overflow
+    shares = (weights / weights.sum()).to(logits.dtype)
+    return shares.reshape(-1, *[1] * (logits.ndim - 2)) * keep, logits.shape[-1]

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from isopo_mini.precision import at_least_float32
+
 Parameters = dict[str, Tensor]
 
 
@@ -26,8 +28,11 @@ class _Logits(nn.Module):
 
 
 def logits(policy: nn.Module, parameters: Parameters, observations: Tensor) -> Tensor:
-    """`policy.logits(observations)`, or `policy(observations)` of a plain module, at other parameters."""
-    return functional_call(_Logits(policy), parameters, (observations,))
+    """`policy.logits(observations)`, or `policy(observations)` of a plain module, at other parameters.
+
+    In at least single precision: in half, log softmax has two or three digits.
+    """
+    return at_least_float32(functional_call(_Logits(policy), parameters, (observations,)))
 
 
 def trainable_parameters(policy: nn.Module) -> Parameters:
@@ -43,8 +48,11 @@ def trainable_parameters(policy: nn.Module) -> Parameters:
 
 
 def flatten(gradients: Parameters, parameters: Parameters, lead: int) -> Tensor:
-    """Gradients of shape (lead axes) + (the parameter's), side by side as the P columns: (lead axes) + (P,)."""
-    pieces = [gradients[name] for name in parameters]
+    """Gradients of shape (lead axes) + (the parameter's), side by side as the P columns: (lead axes) + (P,).
+
+    In at least single precision, since what is made of them are long sums of products.
+    """
+    pieces = [at_least_float32(gradients[name]) for name in parameters]
     return torch.cat([piece.reshape(*piece.shape[:lead], -1) for piece in pieces], dim=-1)
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from isopo_mini import checks
+from isopo_mini.precision import at_least_float32, common_dtype, euclidean_norm, require_fits
 
 
 def ntk_coefficients(
@@ -31,17 +32,34 @@ def ntk_coefficients(
         damping: λ > 0, in the units of K (squared gradient).
 
     Returns:
-        c, in the units of A.
+        c, in the units of A, in at least single precision; never longer than A.
 
     Raises:
         ValueError: a shape differs, an entry is not finite, or λ is not positive.
+
+    Example:
+        >>> import torch
+        >>> ntk_coefficients(torch.ones(2, 2), torch.tensor([1.0, -1.0]), 1e-12)  # A is in the null space of K
+        tensor([ 1., -1.])
     """
     _check_gram(gram)
     checks.require_shape("advantages", advantages, "S", {"S": gram.shape[0]})
     checks.require_floating("advantages", advantages)
     checks.require_finite("advantages", advantages)
     checks.require_positive("damping", float(damping))
-    return solve_ntk(gram, advantages, torch.as_tensor(damping, dtype=gram.dtype, device=gram.device))
+    ratio = float(damping) / max(float(mean_eigenvalue(gram.double())), torch.finfo(torch.float64).tiny)
+    solver = solve_ntk if is_above_rounding(ratio, gram) else solve_ntk_by_eigenvalues
+    return solver(gram, advantages, torch.as_tensor(damping, dtype=torch.float64, device=gram.device))
+
+
+def is_above_rounding(ratio: float, gram: Float[Tensor, "S S"]) -> bool:
+    """Whether `solve_ntk` can be trusted with λ = ratio · tr K/S.
+
+    λ has to be larger than the rounding errors of K, S·ε·tr K/S, or K + λI need not be invertible; and larger than √ε
+    of double precision, or the solve loses more than half of its digits. It is asked of the ratio, which a transform
+    knows, and not of λ, for which a GPU would have to be waited for.
+    """
+    return ratio > max(len(gram) * torch.finfo(gram.dtype).eps, torch.finfo(torch.float64).eps ** 0.5)
 
 
 def solve_ntk(
@@ -49,19 +67,38 @@ def solve_ntk(
 ) -> Float[Tensor, "S"]:
     """`ntk_coefficients` without the checks, which would make a GPU wait; λ = 0 stands for a layer without gradient.
 
-    Solved as (K/λ + I) c = A: the smallest eigenvalue is then 1 whatever the scale of K, and a layer whose gradients
-    all vanish (K = 0, λ = 0) keeps c = A. The precision is that of K, whose own rounding matters as much. A Cholesky
-    factor would need half the multiplications, but at these sizes one call is faster than three.
+    For a λ that `is_above_rounding`. Solved as (K/λ + I) c = A: the smallest eigenvalue is then 1 whatever the scale of
+    K, and a layer whose gradients all vanish (K = 0, λ = 0) keeps c = A. In double precision, which costs next to
+    nothing at these sizes: what is left is the rounding of K itself. A Cholesky factor would need half the
+    multiplications, but one call is faster than three.
     """
-    smallest = torch.finfo(gram.dtype).tiny
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    system = torch.addcdiv(identity, gram, damping.to(gram.dtype).clamp_min(smallest))
-    return torch.linalg.solve_ex(system, advantages.to(gram.dtype))[0].to(advantages.dtype)
+    smallest = torch.finfo(torch.float64).tiny
+    identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    system = torch.addcdiv(identity, gram.double(), damping.double().clamp_min(smallest))
+    return _in_precision_of(advantages, torch.linalg.solve_ex(system, advantages.double())[0])
+
+
+def solve_ntk_by_eigenvalues(
+    gram: Float[Tensor, "S S"], advantages: Float[Tensor, "S"], damping: Float[Tensor, ""]
+) -> Float[Tensor, "S"]:
+    """`solve_ntk` for a λ that is not above rounding, where K + λI may be singular or indefinite.
+
+    c = Σ_i λ/(μ_i + λ) v_i v_iᵀA with the eigenvalues μ_i ≥ 0 of K: those below 0, or a rounding error above, are 0.
+    So no part of A grows, and what lies in the null space of K stays as it is. Some ten times slower, and a GPU waits.
+    """
+    precise = gram.double()
+    unit = precise.abs().amax().clamp_min(torch.finfo(torch.float64).tiny)
+    eigenvalues, vectors = torch.linalg.eigh(precise / unit)
+    rounding = len(gram) * torch.finfo(torch.float64).eps * eigenvalues[-1]
+    eigenvalues = torch.where(eigenvalues > rounding, eigenvalues, 0.0)
+    damping = (damping.double() / unit).clamp_min(torch.finfo(torch.float64).tiny)
+    shares = damping / (eigenvalues + damping)
+    return _in_precision_of(advantages, vectors @ (shares * (vectors.mT @ advantages.double())))
 
 
 def mean_eigenvalue(gram: Float[Tensor, "S S"]) -> Float[Tensor, ""]:
     """tr K / S, the mean squared norm of the gradients. λ = ρ times (a moving average of) this."""
-    return gram.trace() / len(gram)
+    return at_least_float32(gram).trace() / len(gram)
 
 
 def fisher_norms(gram: Float[Tensor, "S S"]) -> Float[Tensor, "S"]:
@@ -75,8 +112,17 @@ def fisher_norms(gram: Float[Tensor, "S S"]) -> Float[Tensor, "S"]:
 
 
 def root_mean_square(gram: Float[Tensor, "S S"]) -> Float[Tensor, "S"]:
-    """`fisher_norms` without the checks, which would make a GPU wait."""
-    return gram.square().mean(dim=1).sqrt()
+    """`fisher_norms` without the checks, which would make a GPU wait.
+
+    No entry is squared as it is: K is a square of gradients already, and a fourth power leaves single precision for
+    gradients below 1e-11 or above 1e9.
+    """
+    return euclidean_norm(gram, dim=1, mean=True)
+
+
+def mean_of_squares(norms: Float[Tensor, "S"]) -> Float[Tensor, ""]:
+    """m = mean of x², in double precision, since x = ‖g‖_F is itself a square of gradients."""
+    return norms.double().square().mean()
 
 
 def exact_fisher_norms(scores: Float[Tensor, "S P"], fisher: Float[Tensor, "P P"]) -> Float[Tensor, "S"]:
@@ -90,8 +136,13 @@ def exact_fisher_norms(scores: Float[Tensor, "S P"], fisher: Float[Tensor, "P P"
     checks.require_shape("fisher", fisher, "P P", sizes)
     checks.require_finite("scores", scores)
     checks.require_finite("fisher", fisher)
-    squares = ((scores @ fisher) * scores).sum(dim=1)
-    return squares.clamp_min(0.0).sqrt()  # rounding can leave -1e-17 where the norm is zero
+    dtype = common_dtype((scores, fisher))
+    smallest = torch.finfo(dtype).tiny
+    longest = scores.abs().amax(dim=1).to(dtype)  # in these units no product leaves its range
+    largest = fisher.abs().amax().to(dtype)
+    directions = scores.to(dtype) / longest.clamp_min(smallest)[:, None]
+    squares = ((directions @ (fisher.to(dtype) / largest.clamp_min(smallest))) * directions).sum(dim=1)
+    return longest * largest.sqrt() * squares.clamp_min(0.0).sqrt()  # rounding can leave -1e-17 where the norm is zero
 
 
 def token_fisher_norms(
@@ -112,11 +163,10 @@ def token_fisher_norms(
     """
     sizes = checks.require_shape("overlaps", overlaps, "S N")
     checks.require_not_empty("overlaps", overlaps)
-    numerator = overlaps.square().sum(dim=1).sqrt()
     if token_norms is None:
-        return numerator / overlaps.shape[1] ** 0.5
+        return euclidean_norm(overlaps, dim=1, mean=True)
     checks.require_shape("token_norms", token_norms, "N", sizes)
-    denominator = token_norms.square().sum().sqrt()
+    numerator, denominator = euclidean_norm(overlaps, dim=1), euclidean_norm(token_norms, dim=0)
     return torch.where(denominator > 0, numerator / denominator, torch.zeros_like(numerator))
 
 
@@ -142,11 +192,13 @@ def regularized(
     checks.require_at_least("strength", strength, 0.0)
     if strength == 0:
         return norms
-    floor = strength * torch.as_tensor(mean_square, dtype=norms.dtype, device=norms.device)
+    norms = at_least_float32(norms)
+    # √(ρm), and √(x² + ρm) as a hypotenuse: neither x² nor m has to fit the precision of x.
+    floor = (strength * torch.as_tensor(mean_square, dtype=torch.float64, device=norms.device)).sqrt().to(norms.dtype)
     if not keep_small:
-        return (norms.square() + floor).sqrt()
+        return torch.hypot(norms, floor)
     # m = 0 means that every norm is zero: small gradients, which are to be left alone.
-    return torch.where(floor > 0, (norms.square() / floor + 1.0).sqrt(), torch.ones_like(norms))
+    return torch.where(floor > 0, torch.hypot(norms / floor, torch.ones_like(norms)), torch.ones_like(norms))
 
 
 def normalized_coefficients(
@@ -170,8 +222,11 @@ def normalized_coefficients(
         mean_square: m of `regularized`; the mean of norms² when None.
         keep_small: which of the two regularisers.
 
+    Returns:
+        c, in at least single precision.
+
     Raises:
-        ValueError: shapes disagree, a norm is negative, or an entry is not finite.
+        ValueError: shapes disagree, a norm is negative, an entry is not finite, or a coefficient does not fit.
     """
     sizes = checks.require_shape("norms", norms, "S")
     checks.require_not_empty("norms", norms)
@@ -183,14 +238,20 @@ def normalized_coefficients(
     checks.require_floating("advantages", advantages)
     checks.require_finite("advantages", advantages)
     if mean_square is None:
-        mean_square = norms.square().mean()
-    return divide(advantages, regularized(norms, strength, mean_square, keep_small), power)
+        mean_square = norms.double().square().mean()
+    coefficients = divide(advantages, regularized(norms, strength, mean_square, keep_small), power)
+    return require_fits("advantages / norms ** power", coefficients)
 
 
 def divide(advantages: Float[Tensor, "S"], norms: Float[Tensor, "S"], power: float) -> Float[Tensor, "S"]:
-    """A/xᵖ, and 0 where xᵖ is 0."""
-    factors = norms**power
-    return torch.where(factors > 0, advantages / factors, torch.zeros_like(advantages)).to(advantages.dtype)
+    """A/xᵖ, and 0 where x is 0. In double precision, where a power of a small norm is not 0."""
+    factors = norms.double() ** power
+    return _in_precision_of(advantages, torch.where(factors > 0, advantages.double() / factors, 0.0))
+
+
+def _in_precision_of(advantages: Tensor, coefficients: Tensor) -> Tensor:
+    """Coefficients in the advantages' own dtype, or in single precision if that is half."""
+    return coefficients.to(torch.promote_types(advantages.dtype, torch.float32))
 
 
 def _check_gram(gram: Tensor) -> None:

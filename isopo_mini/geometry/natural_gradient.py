@@ -6,6 +6,8 @@ solve_cg         products F·v only       O(P) memory      when neither fits
 solve_rank_one   one score               O(P)             one sample: Sherman–Morrison
 
 Without damping, and for an F that is singular by construction, as every softmax's is: `solve_singular`, F⁺g.
+
+Dense systems are solved in double precision and returned in the precision of what was given, at least single.
 """
 
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from isopo_mini import checks
+from isopo_mini.precision import at_least_float32, common_dtype, euclidean_norm, require_fits
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,15 @@ def solve(fisher: Float[Tensor, "P P"], gradient: Float[Tensor, "P"], damping: f
     Args:
         fisher: F, symmetric and positive semi-definite, `(P, P)`.
         gradient: g, `(P,)`.
-        damping: λ ≥ 0. It may be 0 only when F is not singular; the Fisher of a tabular softmax always is.
+        damping: λ ≥ 0. It may be 0 only when F is not singular; the Fisher of a tabular softmax always is. Then, and
+            for a λ within rounding error of 0, see `solve_singular`.
 
     Returns:
         `(P,)`.
 
     Raises:
         ValueError: shapes disagree, a number is not finite, λ < 0, F is not symmetric, F is singular and
-            λ = 0, or F + λI is not positive definite.
+            λ = 0 or too small to make a difference, F + λI is not positive definite, or x does not fit its dtype.
 
     Source: Amari, Natural gradient works efficiently in learning, Neural Computation 10 (1998).
     """
@@ -55,15 +59,18 @@ def solve(fisher: Float[Tensor, "P P"], gradient: Float[Tensor, "P"], damping: f
     _require_vector("gradient", gradient, fisher, "fisher", sizes)
     checks.require_at_least("damping", damping, 0)
     _require_symmetric("fisher", fisher)
-    if damping == 0:
-        # A Cholesky factor of a singular matrix often exists in floating point, and solves nothing.
-        eigenvalues = torch.linalg.eigvalsh(fisher)
-        if eigenvalues[0] <= len(fisher) * torch.finfo(fisher.dtype).eps * eigenvalues[-1]:
+    matrix = fisher.double()
+    # A Cholesky factor of a singular matrix often exists in floating point, and solves nothing.
+    rounding = len(fisher) * torch.finfo(torch.float64 if damping > 0 else fisher.dtype).eps
+    if damping <= rounding * matrix.diagonal().sum():
+        eigenvalues = torch.linalg.eigvalsh(matrix)
+        if eigenvalues[0] + damping <= rounding * eigenvalues[-1]:
             raise ValueError(
-                "damping: expected a number > 0, since fisher is singular "
-                f"(eigenvalues from {eigenvalues[0]:g} to {eigenvalues[-1]:g}), got 0"
+                f"damping: expected a number > {rounding * eigenvalues[-1] if damping > 0 else 0:.2g}, since fisher is "
+                f"singular (eigenvalues from {eigenvalues[0]:g} to {eigenvalues[-1]:g}), got {damping:g}"
             )
-    return _solve_positive_definite("fisher + damping · I", _damped(fisher, damping), gradient)
+    x = _solve_positive_definite("fisher + damping · I", _damped(matrix, damping), gradient.double())
+    return require_fits("(fisher + damping · I)⁻¹ gradient", x.to(common_dtype((fisher, gradient))))
 
 
 def solve_singular(
@@ -83,11 +90,11 @@ def solve_singular(
             scaled g may lie outside the range. √ε of the coarser of the two dtypes when None: 1.5e-8 for float64.
 
     Returns:
-        `(P,)`, computed in double precision.
+        `(P,)`.
 
     Raises:
-        ValueError: shapes disagree, a number is not finite, F is not symmetric or not positive semi-definite, or g is
-            not in the range of F: then no x solves F x = g.
+        ValueError: shapes disagree, a number is not finite, F is not symmetric or not positive semi-definite, g is
+            not in the range of F, so that no x solves F x = g, or x does not fit its dtype.
 
     Example:
         >>> import torch
@@ -132,7 +139,8 @@ def solve_singular(
         )
     orthonormal, _ = torch.linalg.qr(null)
     shortest = x - orthonormal @ (orthonormal.mT @ x)
-    return torch.zeros_like(gradient).masked_scatter(live, shortest[:, 0].to(gradient.dtype))
+    x = torch.zeros_like(gradient, dtype=torch.float64).masked_scatter(live, shortest[:, 0])
+    return require_fits("fisher⁺ gradient", x.to(common_dtype((fisher, gradient))))
 
 
 def solve_dual(scores: Float[Tensor, "N P"], advantages: Float[Tensor, "N"], damping: float) -> Float[Tensor, "P"]:
@@ -149,7 +157,7 @@ def solve_dual(scores: Float[Tensor, "N P"], advantages: Float[Tensor, "N"], dam
         `(P,)`.
 
     Raises:
-        ValueError: shapes disagree, nothing was given, a number is not finite, or λ ≤ 0.
+        ValueError: shapes disagree, nothing was given, a number is not finite, λ ≤ 0, or x does not fit its dtype.
 
     Source: Chen and Heyl, MinSR, Nature Physics 20 (2024), arXiv 2302.01941, use the same identity.
     """
@@ -157,9 +165,18 @@ def solve_dual(scores: Float[Tensor, "N P"], advantages: Float[Tensor, "N"], dam
     _require_numbers("scores", scores)
     _require_vector("advantages", advantages, scores, "scores", sizes, axis="N")
     checks.require_positive("damping", damping)
-    gram = scores @ scores.mT / len(scores)  # K/N
-    weights = _solve_positive_definite("gram + damping · I", _damped(gram, damping), advantages / len(scores))
-    return scores.mT @ weights
+    precise, shares = scores.double(), advantages.double() / len(scores)
+    gram = precise @ precise.mT / len(scores)  # K/N
+    if damping > torch.finfo(gram.dtype).eps ** 0.5 * gram.trace():
+        weights = _solve_positive_definite("gram + damping · I", _damped(gram, damping), shares)
+    else:
+        # What lies in the null space of K would be divided by a tiny λ, and Sᵀ would have to cancel it again.
+        eigenvalues, vectors = torch.linalg.eigh(gram)
+        kept = eigenvalues > len(gram) * torch.finfo(gram.dtype).eps * eigenvalues[-1]
+        basis = vectors[:, kept]
+        weights = basis @ ((basis.mT @ shares) / (eigenvalues[kept] + damping))
+    x = precise.mT @ weights
+    return require_fits("(fisher + damping · I)⁻¹ gradient", x.to(common_dtype((scores, advantages))))
 
 
 def solve_cg(
@@ -194,8 +211,9 @@ def solve_cg(
     checks.require_at_least("damping", damping, 0)
     checks.require_at_least("max_iterations", max_iterations, 1)
     checks.require_positive("tolerance", tolerance)
+    gradient = at_least_float32(gradient)
     x = torch.zeros_like(gradient)
-    scale = gradient.norm().item()
+    scale = euclidean_norm(gradient, dim=0).item()
     if scale == 0:
         return x, Convergence(iterations=0, residual_norm=0.0, converged=True)
     residual = direction = gradient / scale  # of size one, so that a tiny gradient does not underflow
@@ -218,13 +236,16 @@ def solve_cg(
         previous, square = square, residual.dot(residual)
         direction = residual + (square / previous) * direction
     residual_norm = square.sqrt().item()
-    return scale * x, Convergence(iterations, residual_norm, residual_norm <= tolerance)
+    x = require_fits("(fisher + damping · I)⁻¹ gradient", scale * x)
+    return x, Convergence(iterations, residual_norm, residual_norm <= tolerance)
 
 
 def solve_rank_one(score: Float[Tensor, "P"], vector: Float[Tensor, "P"], damping: float) -> Float[Tensor, "P"]:
     """Natural gradient of a single sample, by Sherman–Morrison.
 
-    x = (ssᵀ + λI)⁻¹ v = (v − s (s·v) / (λ + ‖s‖²)) / λ. For v = A s this is A s / (λ + ‖s‖²).
+    x = (ssᵀ + λI)⁻¹ v = (v − s (s·v) / (λ + ‖s‖²)) / λ. For v = A s this is A s / (λ + ‖s‖²). Written so, a small λ
+    would divide a difference of nearly equal vectors. Computed as v∥/(λ + ‖s‖²) + v⊥/λ, with v∥ along s and v⊥ across;
+    entries of v⊥ below the rounding error of v's are 0.
 
     Args:
         score: s, `(P,)`. It may be zero.
@@ -235,13 +256,22 @@ def solve_rank_one(score: Float[Tensor, "P"], vector: Float[Tensor, "P"], dampin
         `(P,)`.
 
     Raises:
-        ValueError: shapes disagree, nothing was given, a number is not finite, or λ ≤ 0.
+        ValueError: shapes disagree, nothing was given, a number is not finite, λ ≤ 0, or x does not fit its dtype.
     """
     sizes = checks.require_shape("score", score, "P")
     _require_numbers("score", score)
     _require_vector("vector", vector, score, "score", sizes)
     checks.require_positive("damping", damping)
-    return (vector - score * (score.dot(vector) / (damping + score.dot(score)))) / damping
+    dtype, vector = common_dtype((score, vector)), vector.double()
+    norm = euclidean_norm(score.double(), dim=0)
+    direction = score.double() / norm.clamp_min(torch.finfo(torch.float64).tiny)
+    along = direction * direction.dot(vector)
+    along = along + direction * direction.dot(vector - along)  # once more, for the rounding error of a long product
+    across = vector - along
+    rounding = 8 * torch.finfo(torch.float64).eps * vector.abs()
+    across = torch.where(across.abs() > rounding, across, 0.0)
+    x = along / (damping + norm.square()) + across / damping
+    return require_fits("(score scoreᵀ + damping · I)⁻¹ vector", x.to(dtype))
 
 
 def _require_numbers(name: str, tensor: Tensor) -> None:

@@ -81,7 +81,9 @@ class NTK:
         """See the class."""
         gram = layer.gram()
         eigenvalue = averages.blend("eigenvalue", isopo.mean_eigenvalue(gram))
-        return isopo.solve_ntk(gram, advantages, self.damping * eigenvalue)
+        above_rounding = isopo.is_above_rounding(self.damping, gram)
+        solver = isopo.solve_ntk if above_rounding else isopo.solve_ntk_by_eigenvalues
+        return solver(gram, advantages, self.damping * eigenvalue)
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class FisherNormalized:
         coefficients = advantages
         for name, values, power in factors:
             if power:
-                mean_square = averages.blend(name, values.square().mean())
+                mean_square = averages.blend(name, isopo.mean_of_squares(values))
                 values = isopo.regularized(values, self.strength, mean_square, self.keep_small)
                 coefficients = isopo.divide(coefficients, values, power)
         return coefficients
