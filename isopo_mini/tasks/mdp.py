@@ -16,11 +16,11 @@ from torch import Tensor
 from isopo_mini import checks
 from isopo_mini.batch import Batch
 from isopo_mini.policies.categorical import CategoricalPolicy
-from isopo_mini.policies.softmax import softmax_fisher
+from isopo_mini.tasks.mdp_evaluation import Evaluation, laws
 from isopo_mini.tasks.value_iteration import Optimum, fixed_point, policy_iteration
 
 
-class MDP:
+class MDP(Evaluation):
     """A finite Markov decision process with discounted rewards. The policy observes the state's index.
 
     Everything that takes `probs` is differentiable in them, and takes other `rewards` than the process's own,
@@ -74,133 +74,10 @@ class MDP:
         checks.require_at_least("discount", discount, 0)
         if discount >= 1:
             raise ValueError(f"discount: expected a number < 1, got {discount}")
-        self.transitions = _laws("transitions", transitions, ("state", "action"))
-        self.initial_probs = _laws("initial_probs", initial_probs)
+        self.transitions = laws("transitions", transitions, ("state", "action"))
+        self.initial_probs = laws("initial_probs", initial_probs)
         self.rewards, self.discount = rewards.double(), float(discount)
         self.num_states, self.num_actions = sizes["S"], sizes["A"]
-
-    def log_policy(self, policy: CategoricalPolicy) -> Float[Tensor, "S A"]:
-        """log π(a|s) for every state and action, differentiable, `(S, A)`."""
-        logits = policy.logits(torch.arange(self.num_states, device=self.transitions.device))
-        sizes = {"S": self.num_states, "A": self.num_actions}
-        checks.require_shape("policy.logits(states)", logits, "S A", sizes)
-        return logits.double().log_softmax(dim=-1)
-
-    def uniform(self) -> Float[Tensor, "S A"]:
-        """The uniform policy, `(S, A)`."""
-        return torch.full_like(self.rewards, 1 / self.num_actions)
-
-    def _own(self, rewards: Tensor | None) -> Tensor:
-        """The process's own rewards, or others of its size, in float64."""
-        if rewards is None:
-            return self.rewards
-        checks.require_shape("rewards", rewards, "S A", {"S": self.num_states, "A": self.num_actions})
-        checks.require_floating("rewards", rewards)
-        checks.require_finite("rewards", rewards)
-        return rewards.double()
-
-    def _checked(self, probs: Tensor) -> Tensor:
-        """A policy of this process's size, in float64, each row with sum 1."""
-        checks.require_shape("probs", probs, "S A", {"S": self.num_states, "A": self.num_actions})
-        checks.require_floating("probs", probs)
-        return _laws("probs", probs, ("state",))
-
-    def policy_transitions(self, probs: Float[Tensor, "S A"]) -> Float[Tensor, "S S"]:
-        """P_π(s'|s) = Σ_a π(a|s) P(s'|s, a), `(S, S)`."""
-        return torch.einsum("sa,sat->st", self._checked(probs), self.transitions)
-
-    def policy_rewards(
-        self, probs: Float[Tensor, "S A"], rewards: Float[Tensor, "S A"] | None = None
-    ) -> Float[Tensor, "S"]:
-        """r_π(s) = Σ_a π(a|s) r(s, a), `(S,)`."""
-        return (self._checked(probs) * self._own(rewards)).sum(dim=1)
-
-    def _resolvent(self, probs: Tensor) -> Tensor:
-        """I − γP_π."""
-        identity = torch.eye(self.num_states, dtype=torch.float64, device=self.transitions.device)
-        return identity - self.discount * self.policy_transitions(probs)
-
-    def values(self, probs: Float[Tensor, "S A"], rewards: Float[Tensor, "S A"] | None = None) -> Float[Tensor, "S"]:
-        """V = (I − γP_π)⁻¹ r_π, `(S,)`."""
-        rewards = self.policy_rewards(probs, rewards)
-        mean = rewards.mean()
-        plain, rest = torch.linalg.solve(self._resolvent(probs), torch.stack([rewards, rewards - mean], dim=1)).T
-        # Where every step pays c, V is c/(1−γ) whatever rounding does to rows that sum to 1. The plain solve does not
-        # know that, but its derivative is the one for rows of any sum.
-        return plain + (mean / (1 - self.discount) + rest - plain).detach()
-
-    def bellman(self, values: Float[Tensor, "S"], rewards: Float[Tensor, "S A"] | None = None) -> Float[Tensor, "S A"]:
-        """r(s, a) + γ Σ_s' P(s'|s, a) V(s'), `(S, A)`: what an action is worth when V is what follows."""
-        checks.require_shape("values", values, "S", {"S": self.num_states})
-        checks.require_floating("values", values)
-        return self._own(rewards) + self.discount * (self.transitions @ values.double())
-
-    def action_values(
-        self, probs: Float[Tensor, "S A"], rewards: Float[Tensor, "S A"] | None = None
-    ) -> Float[Tensor, "S A"]:
-        """Q(s, a) = r(s, a) + γ Σ_s' P(s'|s, a) V(s'), `(S, A)`."""
-        return self.bellman(self.values(probs, rewards), rewards)
-
-    def advantages(
-        self, probs: Float[Tensor, "S A"], rewards: Float[Tensor, "S A"] | None = None
-    ) -> Float[Tensor, "S A"]:
-        """A(s, a) = Q(s, a) − V(s), `(S, A)`, with V(s) = Σ_b π(b|s) Q(s, b)."""
-        action_values, probs = self.action_values(probs, rewards), self._checked(probs)
-        # Measured from the most probable action. Where it takes nearly all the probability its own advantage is as
-        # small as the others are rare, and Q − V would leave of it no more than the rounding error of V.
-        likeliest = probs.detach().argmax(dim=1, keepdim=True)
-        relative = action_values - action_values.gather(1, likeliest)
-        return relative - (probs * relative).sum(dim=1, keepdim=True)
-
-    def expected_return(
-        self, probs: Float[Tensor, "S A"], rewards: Float[Tensor, "S A"] | None = None
-    ) -> Float[Tensor, ""]:
-        """J = μᵀV, the discounted return from the first state on."""
-        return self.initial_probs @ self.values(probs, rewards)
-
-    def visitation(self, probs: Float[Tensor, "S A"]) -> Float[Tensor, "S"]:
-        """d_s = (1−γ) Σ_t γ^t P(s_t = s), that is d = (1−γ)(I − γP_πᵀ)⁻¹ μ, `(S,)`; it sums to 1."""
-        visits = torch.linalg.solve(self._resolvent(probs).T, self.initial_probs)
-        return visits / visits.detach().sum()  # 1/(1−γ), up to the rounding of the solve
-
-    def occupancy(self, probs: Float[Tensor, "S A"]) -> Float[Tensor, "S A"]:
-        """d_s π(a|s), `(S, A)`; it sums to 1, and J is its inner product with r, divided by 1 − γ."""
-        return self.visitation(probs)[:, None] * self._checked(probs)
-
-    def stationary(self, probs: Float[Tensor, "S A"]) -> Float[Tensor, "S"]:
-        """The law x = P_πᵀ x that the chain keeps, `(S,)`. No discount.
-
-        Raises:
-            ValueError: there are several, since the states fall into classes that never meet.
-        """
-        transitions = self.policy_transitions(probs)
-        # x (I − P + 11ᵀ) = 1ᵀ for x = xP with sum 1; the matrix is singular exactly when x is not unique.
-        matrix = torch.eye(self.num_states, dtype=torch.float64, device=transitions.device) - transitions + 1
-        smallest = torch.linalg.svdvals(matrix.detach())[-1].item()
-        if smallest < 1e-13 * self.num_states:
-            raise ValueError("probs: expected a chain with one stationary law, got one with classes that never meet")
-        return torch.linalg.solve(matrix.T, torch.ones_like(self.initial_probs))
-
-    def average_reward(
-        self, probs: Float[Tensor, "S A"], rewards: Float[Tensor, "S A"] | None = None
-    ) -> Float[Tensor, ""]:
-        """Σ_s x_s r_π(s), the reward a step in the long run, with x the stationary law. No discount."""
-        return self.stationary(probs) @ self.policy_rewards(probs, rewards)
-
-    def logit_gradient(
-        self, probs: Float[Tensor, "S A"], rewards: Float[Tensor, "S A"] | None = None
-    ) -> Float[Tensor, "S A"]:
-        """∂J/∂θ_sa = d_s π(a|s) A(s, a) / (1−γ), the gradient in the policy's logits, `(S, A)`."""
-        return self.occupancy(probs) * self.advantages(probs, rewards) / (1 - self.discount)
-
-    def logit_fisher(self, probs: Float[Tensor, "S A"]) -> Float[Tensor, "SA SA"]:
-        """Fisher matrix in the logits: one block d_s (diag π_s − π_s π_sᵀ) a state, `(S·A, S·A)`.
-
-        Rows run as `TabularSoftmax` flattens its table: state by state. It is singular, since adding a constant to
-        the logits of a state does not change the policy.
-        """
-        blocks = softmax_fisher(self._checked(probs))  # (S, A, A)
-        return torch.block_diag(*(self.visitation(probs)[:, None, None] * blocks))
 
     @torch.no_grad()
     def value_iteration(self, tolerance: float = 1e-12, *, rewards: Float[Tensor, "S A"] | None = None) -> Optimum:
@@ -309,15 +186,6 @@ class MDP:
         value = self.expected_return(self.log_policy(policy).exp()).item()
         optimum = (self.initial_probs @ self.policy_iteration().values).item()
         return {"return": value, "optimum": optimum, "gap": optimum - value}
-
-
-def _laws(name: str, probs: Tensor, axes: tuple[str, ...] = ()) -> Tensor:
-    """Probabilities along the last axis, in float64, divided by their sum; the derivative leaves the sum out."""
-    checks.require_probabilities(name, probs.detach().double(), axes)
-    laws = probs.double().clamp(min=0)  # what was below 0 was rounding
-    total = laws.detach().sum(dim=-1, keepdim=True)
-    exact = (total - 1).abs() <= 4 * torch.finfo(torch.float64).eps  # as it can be: dividing again would move it about
-    return laws / torch.where(exact, 1.0, total)
 
 
 def npg_step(

@@ -318,7 +318,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("seed", range(30))
     def test_what_nothing_reaches_on_the_boundary(self, seed: int) -> None:
-        """State 0 stays as it is whatever is done. For every fourth such system SciPy finds a solution, which stabilises nothing."""
+        """State 0 stays as it is. For every fourth such system SciPy finds a solution, which stabilises nothing."""
         draw = np.random.default_rng(seed)
         size = int(draw.integers(2, 7))
         A, B, eye = 3 * draw.normal(size=(size, size)), draw.normal(size=(size, 1)), np.eye(size)
