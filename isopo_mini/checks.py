@@ -79,6 +79,29 @@ def require_not_empty(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: expected at least one entry along every axis, got shape {tuple(tensor.shape)}")
 
 
+def require_numbers(name: str, tensor: Tensor) -> None:
+    """Check that `tensor` holds floating-point numbers, at least one, and all of them finite."""
+    require_floating(name, tensor)
+    require_not_empty(name, tensor)
+    require_finite(name, tensor)
+
+
+def require_vector(
+    name: str, vector: Tensor, other: Tensor, other_name: str, sizes: dict[str, int], axis: str = "P"
+) -> None:
+    """Check that a vector of numbers has the length and the device of another argument."""
+    require_shape(name, vector, axis, sizes)
+    require_numbers(name, vector)
+    require_same_device(name, vector, other_name, other)
+
+
+def require_symmetric(name: str, matrix: Tensor) -> None:
+    """Check that a matrix equals its transpose, up to rounding."""
+    asymmetry = (matrix - matrix.mT).abs().max().item()
+    if asymmetry > 100 * torch.finfo(matrix.dtype).eps * matrix.abs().max().item():
+        raise ValueError(f"{name}: expected a symmetric matrix, got entries that differ by {asymmetry:g}")
+
+
 def require_at_least(name: str, value: float, minimum: float) -> None:
     """Check that a number is finite and at least `minimum`."""
     if not isinstance(value, Real):

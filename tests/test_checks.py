@@ -145,3 +145,25 @@ def test_a_layer_takes_its_own_dtype_or_what_autocast_converts() -> None:
         for dtype in (torch.float64, torch.int64):
             with pytest.raises(TypeError, match=f"^x: expected torch.float32 .* got {dtype}$"):
                 checks.require_layer_dtype("x", weight.to(dtype), weight)
+
+
+def test_numbers_and_vectors_of_them() -> None:
+    matrix = torch.eye(3)
+    checks.require_numbers("x", matrix)
+    checks.require_vector("x", matrix[0], matrix, "y", {"P": 3})
+    with pytest.raises(TypeError, match=r"^x: expected a floating-point tensor, got torch.int64$"):
+        checks.require_numbers("x", matrix.long())
+    with pytest.raises(ValueError, match=r"^x: expected at least one entry along every axis, got shape \(0, 3\)$"):
+        checks.require_numbers("x", matrix[:0])
+    with pytest.raises(ValueError, match=r"^x: expected finite numbers, got nan at index \(0, 0\)$"):
+        checks.require_numbers("x", matrix * torch.nan)
+    with pytest.raises(ValueError, match=r"^x: expected shape \(N=3\), got \(2,\)$"):
+        checks.require_vector("x", matrix[0, :2], matrix, "y", {"N": 3}, axis="N")
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1.0, 1e30])
+def test_symmetric_up_to_rounding_whatever_the_unit(unit: float) -> None:
+    matrix = torch.tensor([[1.0, 2.0], [2.0 * (1 + 1e-7), 1.0]])
+    checks.require_symmetric("x", unit * matrix)
+    with pytest.raises(ValueError, match=r"^x: expected a symmetric matrix, got entries that differ by .*$"):
+        checks.require_symmetric("x", unit * (matrix + torch.tensor([[0.0, 1e-3], [0.0, 0.0]])))

@@ -5,7 +5,7 @@ solve_dual       N × N Gram matrix       O(N²P + N³)      when there are few 
 solve_cg         products F·v only       O(P) memory      when neither fits
 solve_rank_one   one score               O(P)             one sample: Sherman–Morrison
 
-Without damping, and for an F that is singular by construction, as every softmax's is: `solve_singular`, F⁺g.
+Without damping, and for an F that is singular by construction, as every softmax's is: `solve_singular` of `singular`.
 
 Dense systems are solved in double precision and returned in the precision of what was given, at least single.
 """
@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from isopo_mini import checks
+from isopo_mini.geometry.singular import solve_singular as solve_singular
 from isopo_mini.precision import at_least_float32, common_dtype, euclidean_norm, require_fits
 
 
@@ -55,10 +56,10 @@ def solve(fisher: Float[Tensor, "P P"], gradient: Float[Tensor, "P"], damping: f
     Source: Amari, Natural gradient works efficiently in learning, Neural Computation 10 (1998).
     """
     sizes = checks.require_shape("fisher", fisher, "P P")
-    _require_numbers("fisher", fisher)
-    _require_vector("gradient", gradient, fisher, "fisher", sizes)
+    checks.require_numbers("fisher", fisher)
+    checks.require_vector("gradient", gradient, fisher, "fisher", sizes)
     checks.require_at_least("damping", damping, 0)
-    _require_symmetric("fisher", fisher)
+    checks.require_symmetric("fisher", fisher)
     matrix = fisher.double()
     # A Cholesky factor of a singular matrix often exists in floating point, and solves nothing.
     rounding = len(fisher) * torch.finfo(torch.float64 if damping > 0 else fisher.dtype).eps
@@ -71,76 +72,6 @@ def solve(fisher: Float[Tensor, "P P"], gradient: Float[Tensor, "P"], damping: f
             )
     x = _solve_positive_definite("fisher + damping · I", _damped(matrix, damping), gradient.double())
     return require_fits("(fisher + damping · I)⁻¹ gradient", x.to(common_dtype((fisher, gradient))))
-
-
-def solve_singular(
-    fisher: Float[Tensor, "P P"], gradient: Float[Tensor, "P"], cutoff: float | None = None
-) -> Float[Tensor, "P"]:
-    """Natural gradient F⁺g without damping: of all solutions of F x = g the shortest.
-
-    A pseudo-inverse has to say which eigenvalues are 0 and which only small. In F itself no number tells them apart:
-    a rare action's eigenvalue is as small as its probability. Here F is scaled to a diagonal of ones first,
-    D^−½ F D^−½ with D = diag F. A softmax then has eigenvalues of the order of 1 whatever its probabilities are, and
-    rounding errors, with nothing in between. The solution is refined once and made orthogonal to the null space of F.
-
-    Args:
-        fisher: F, symmetric and positive semi-definite, `(P, P)`. A row whose diagonal entry is 0 must be all zeros.
-        gradient: g, in the range of F, `(P,)`. Every policy gradient is.
-        cutoff: eigenvalues of the scaled matrix below this share of the largest count as 0, and by this share the
-            scaled g may lie outside the range. √ε of the coarser of the two dtypes when None: 1.5e-8 for float64.
-
-    Returns:
-        `(P,)`.
-
-    Raises:
-        ValueError: shapes disagree, a number is not finite, F is not symmetric or not positive semi-definite, g is
-            not in the range of F, so that no x solves F x = g, or x does not fit its dtype.
-
-    Example:
-        >>> import torch
-        >>> from isopo_mini.policies import softmax_fisher
-        >>> probs, advantages = torch.tensor([0.9, 0.1]).double(), torch.tensor([0.1, -0.9]).double()
-        >>> solve_singular(softmax_fisher(probs), probs * advantages)  # the advantages less their plain mean
-        tensor([ 0.5000, -0.5000], dtype=torch.float64)
-    """
-    sizes = checks.require_shape("fisher", fisher, "P P")
-    _require_numbers("fisher", fisher)
-    _require_vector("gradient", gradient, fisher, "fisher", sizes)
-    _require_symmetric("fisher", fisher)
-    if cutoff is None:
-        cutoff = max(torch.finfo(fisher.dtype).eps, torch.finfo(gradient.dtype).eps) ** 0.5
-    checks.require_positive("cutoff", cutoff)
-    live = _rows_that_are_not_zero(fisher)
-    matrix, target = fisher.double()[live][:, live], gradient.double()[live, None]
-    root = matrix.diagonal().rsqrt()[:, None]  # D^−½
-    eigenvalues, vectors = torch.linalg.eigh(root * matrix * root.mT)
-    limit = cutoff * eigenvalues.abs().max().item() if len(eigenvalues) else 0.0
-    if (eigenvalues < -limit).any():
-        raise ValueError(
-            "fisher: expected a positive semi-definite matrix, "
-            f"got smallest eigenvalue {eigenvalues[0].item():g} when scaled to a diagonal of ones"
-        )
-    kept = eigenvalues > limit
-    basis = vectors[:, kept] / eigenvalues[kept].sqrt()
-
-    def solved(columns: Tensor) -> Tensor:
-        """D^−½ (D^−½ F D^−½)⁺ D^−½, applied."""
-        return root * (basis @ (basis.mT @ (root * columns)))
-
-    x, null = solved(target), root * vectors[:, ~kept]
-    # An eigenvector is right in proportion to its largest entry. What is left over is right entry by entry.
-    x, null = x + solved(target - matrix @ x), null - solved(matrix @ null)
-    outside = (root * (target - matrix @ x)).norm() / (root * target).norm().clamp_min(torch.finfo(root.dtype).tiny)
-    if outside > cutoff or gradient[~live].any():
-        raise ValueError(
-            "gradient: expected a vector in the range of fisher, so that F x = gradient has a solution, got one of "
-            f"which the share {outside.item():.1e} is outside (scaled by diag fisher), "
-            f"and {int(gradient[~live].count_nonzero())} entries belong to rows of zeros"
-        )
-    orthonormal, _ = torch.linalg.qr(null)
-    shortest = x - orthonormal @ (orthonormal.mT @ x)
-    x = torch.zeros_like(gradient, dtype=torch.float64).masked_scatter(live, shortest[:, 0])
-    return require_fits("fisher⁺ gradient", x.to(common_dtype((fisher, gradient))))
 
 
 def solve_dual(scores: Float[Tensor, "N P"], advantages: Float[Tensor, "N"], damping: float) -> Float[Tensor, "P"]:
@@ -162,8 +93,8 @@ def solve_dual(scores: Float[Tensor, "N P"], advantages: Float[Tensor, "N"], dam
     Source: Chen and Heyl, MinSR, Nature Physics 20 (2024), arXiv 2302.01941, use the same identity.
     """
     sizes = checks.require_shape("scores", scores, "N P")
-    _require_numbers("scores", scores)
-    _require_vector("advantages", advantages, scores, "scores", sizes, axis="N")
+    checks.require_numbers("scores", scores)
+    checks.require_vector("advantages", advantages, scores, "scores", sizes, axis="N")
     checks.require_positive("damping", damping)
     precise, shares = scores.double(), advantages.double() / len(scores)
     gram = precise @ precise.mT / len(scores)  # K/N
@@ -207,7 +138,7 @@ def solve_cg(
     Source: Hestenes and Stiefel (1952); for policies: Schulman et al., TRPO, arXiv 1502.05477, appendix C.
     """
     sizes = checks.require_shape("gradient", gradient, "P")
-    _require_numbers("gradient", gradient)
+    checks.require_numbers("gradient", gradient)
     checks.require_at_least("damping", damping, 0)
     checks.require_at_least("max_iterations", max_iterations, 1)
     checks.require_positive("tolerance", tolerance)
@@ -259,8 +190,8 @@ def solve_rank_one(score: Float[Tensor, "P"], vector: Float[Tensor, "P"], dampin
         ValueError: shapes disagree, nothing was given, a number is not finite, λ ≤ 0, or x does not fit its dtype.
     """
     sizes = checks.require_shape("score", score, "P")
-    _require_numbers("score", score)
-    _require_vector("vector", vector, score, "score", sizes)
+    checks.require_numbers("score", score)
+    checks.require_vector("vector", vector, score, "score", sizes)
     checks.require_positive("damping", damping)
     dtype, vector = common_dtype((score, vector)), vector.double()
     norm = euclidean_norm(score.double(), dim=0)
@@ -272,41 +203,6 @@ def solve_rank_one(score: Float[Tensor, "P"], vector: Float[Tensor, "P"], dampin
     across = torch.where(across.abs() > rounding, across, 0.0)
     x = along / (damping + norm.square()) + across / damping
     return require_fits("(score scoreᵀ + damping · I)⁻¹ vector", x.to(dtype))
-
-
-def _require_numbers(name: str, tensor: Tensor) -> None:
-    """Floating-point, not empty, finite."""
-    checks.require_floating(name, tensor)
-    checks.require_not_empty(name, tensor)
-    checks.require_finite(name, tensor)
-
-
-def _require_vector(
-    name: str, vector: Tensor, other: Tensor, other_name: str, sizes: dict[str, int], axis: str = "P"
-) -> None:
-    """A vector of numbers whose length and device fit the other argument."""
-    checks.require_shape(name, vector, axis, sizes)
-    _require_numbers(name, vector)
-    checks.require_same_device(name, vector, other_name, other)
-
-
-def _require_symmetric(name: str, matrix: Tensor) -> None:
-    """A matrix equal to its transpose, up to rounding."""
-    asymmetry = (matrix - matrix.mT).abs().max().item()
-    if asymmetry > 100 * torch.finfo(matrix.dtype).eps * matrix.abs().max().item():
-        raise ValueError(f"{name}: expected a symmetric matrix, got entries that differ by {asymmetry:g}")
-
-
-def _rows_that_are_not_zero(fisher: Tensor) -> Tensor:
-    """Where diag F > 0, `(P,)`; where it is 0, the whole row of a positive semi-definite matrix is."""
-    diagonal = fisher.diagonal()
-    live = diagonal > 0
-    if (diagonal < 0).any() or fisher[~live].any():
-        raise ValueError(
-            "fisher: expected a positive semi-definite matrix, got a diagonal entry "
-            f"{diagonal.min().item():g} in a row that is not zero"
-        )
-    return live
 
 
 def _damped(matrix: Tensor, damping: float) -> Tensor:
