@@ -1,6 +1,6 @@
 """A policy that has learned a task only so far: where reinforcement learning begins.
 
-    python -m isopo_mini.tasks.warm_start addition --accuracy 0.2 --out book/data/addition.safetensors
+    python -m isopo_mini.tasks.warm_start addition --accuracy 0.2 --out weights/addition.safetensors
 
 From scratch a policy is almost never right, so it is almost never rewarded. It is first shown answers, and stopped by
 *accuracy*, not after so many steps: two-digit addition is right 5 % of the time after some 300 steps and 80 % after

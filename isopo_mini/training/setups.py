@@ -16,7 +16,7 @@ from isopo_mini.batch import Batch
 from isopo_mini.objectives.advantages import leave_one_out
 from isopo_mini.objectives.values import episode_advantages
 from isopo_mini.policies import MLP, CausalTransformer
-from isopo_mini.policies.checkpoints import load_policy
+from isopo_mini.policies.checkpoints import load_policy, read_origin
 from isopo_mini.tasks import CartPole, ContextualBandit, TokenTask, make_task
 from isopo_mini.tasks.bandit_instances import FEATURES, MEAN_REWARDS
 from isopo_mini.training.loop import Task
@@ -96,17 +96,39 @@ def cartpole(device: torch.device) -> tuple[CartPole, MLP]:
 
 def tokens(device: torch.device, *, task: str, weights: str) -> tuple[TokenTask, CausalTransformer]:
     """A task of `tasks.tokens` with a policy that starts from saved weights, the same for every seed."""
-    path = Path(isopo_mini.__file__).parent.parent / "book" / "data" / weights
-    if not path.exists():
-        raise ValueError(
-            f"weights: expected book/data/{weights} beside the package; make it with "
-            f"python -m isopo_mini.tasks.warm_start {task} {_SIZES.get(weights, '')}--out book/data/{weights}"
-        )
-    return make_task(task), load_policy(path, device=device)
+    return make_task(task), load_policy(start_weights(weights, task), device=device)
 
 
+# Where weights may be: in the package, however it was installed, and under the folder that the command is given in.
+SHIPPED, MADE = Path(isopo_mini.__file__).parent / "data", Path("weights")
 # Options of the command that makes the weights, where they are not its defaults.
 _SIZES = {"addition_large.safetensors": "--width 256 --layers 4 --heads 8 --device cuda "}
+
+
+def start_weights(name: str, task: str) -> Path:
+    """The file of weights that an experiment starts from: the one that is part of the package, or one made here.
+
+    Args:
+        name: of the file.
+        task: what its policy must have learned, with options as in `"addition:digits=3"`.
+
+    Returns:
+        Its path.
+
+    Raises:
+        ValueError: it is in neither place; says with which command it is made, and where. Or it is of another task.
+    """
+    for folder in (SHIPPED, MADE):
+        path = folder / name
+        if path.exists():
+            if (found := read_origin(path).get("task")) != task:
+                raise ValueError(f"weights: expected those of {task} in {path}, got those of {found}")
+            return path
+    raise ValueError(
+        f"weights: expected {name} in the package, or in {MADE}/ of the working directory, got neither; make it with "
+        f"python -m isopo_mini.tasks.warm_start {task} {_SIZES.get(name, '')}--out {MADE / name}"
+    )
+
 
 SETUPS: dict[str, Setup] = {
     "bandit": Setup(

@@ -9,7 +9,7 @@ from isopo_mini.policies import load_policy, read_origin
 from isopo_mini.tasks import Sorting, make_task
 from isopo_mini.tasks.warm_start import main, supervised_warm_start
 
-DATA = Path(__file__).resolve().parent.parent.parent / "book" / "data"
+DATA = Path(__file__).resolve().parent.parent.parent / "isopo_mini" / "data"
 TASK = Sorting(2)
 
 
@@ -95,6 +95,15 @@ def test_the_command_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureF
     reached = make_task(origin["task"]).evaluate(load_policy(path))
     assert reached["return"] == pytest.approx(origin["accuracy"], abs=1e-4)  # written with four digits
     assert reached["greedy"] == pytest.approx(origin["greedy_accuracy"], abs=1e-4)
+
+
+def test_the_command_given_twice_is_the_command_given_once(tmp_path: Path) -> None:
+    arguments = f"sorting:length=2 --accuracy 0.05 --width 16 --layers 1 --heads 2 --out {tmp_path / 'a.safetensors'}"
+    states = []
+    for _ in range(2):
+        main([*arguments.split(), "--learning-rate", "0.01", "--batch-size", "64"])
+        states.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
+    assert states[0] == states[1]
 
 
 def test_the_command_lists_the_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
