@@ -8,7 +8,6 @@ import tomllib
 from pathlib import Path
 
 import build_book
-import check_pages
 import lock
 import pytest
 import sync_address
@@ -165,24 +164,6 @@ def test_bibliography_has_no_entry_twice_and_the_references_explain_each() -> No
     assert len(keys) == len(set(keys)) > 0
     explained = set(re.findall(r"\{cite:t\}`([^`]+)`", (ROOT / "book" / "appendix" / "references.md").read_text()))
     assert explained == set(keys)
-
-
-@pytest.mark.parametrize(
-    ("html", "complaint"),
-    [
-        ('<script src="https://cdn.example/require.js"></script>', "loads https://cdn.example"),
-        ('<link rel="stylesheet" href="//fonts.example/a.css">', "loads //fonts.example"),
-        ('<img src="../_images/a.png" alt="../_images/a.png">', "no alt text"),
-        ('<img src="a.png">', "no alt text"),
-    ],
-)
-def test_page_checker_notices(html: str, complaint: str) -> None:
-    assert complaint in "".join(check_pages.complaints(html))
-
-
-def test_page_checker_lets_links_and_local_files_pass() -> None:
-    html = '<a href="https://arxiv.org">paper</a><script src="../_static/a.js"></script><img src="a.png" alt="A line.">'
-    assert check_pages.complaints(html) == []
 
 
 def test_the_setup_cell_clones_installs_and_makes_the_clone_importable(
