@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sync_address import ROOT, notebooks
+from whole_files import write_whole
 
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -145,7 +146,7 @@ def main() -> int:
         if arguments.fix:
             fixed = serialized(stripped(json.loads(text), path.stem))
             if fixed != text:
-                path.write_text(fixed)
+                write_whole(path, fixed)
                 text = fixed
                 print(f"{path}: put into standard form")
         wrong += [f"{path}: {complaint}" for complaint in complaints(text, path)]

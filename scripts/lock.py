@@ -13,6 +13,8 @@ import tempfile
 import tomllib
 from pathlib import Path
 
+from whole_files import write_whole
+
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = "torch==2.13.0"
 
@@ -55,7 +57,7 @@ def main() -> None:
         subprocess.run([*install, TORCH, *requirements()], check=True)
         frozen = subprocess.run([python, "-m", "pip", "freeze"], check=True, capture_output=True, text=True).stdout
     text = locked(frozen)
-    (ROOT / "requirements.txt").write_text(text)
+    write_whole(ROOT / "requirements.txt", text)
     print(f"requirements.txt: {len(text.splitlines()) - len(HEADER.splitlines())} packages")
 
 

@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import matplotlib
 from matplotlib import pyplot as plt
+from whole_files import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "book" / "index.ipynb"
@@ -52,7 +53,7 @@ def main() -> None:
     sources, alt = cells_up_to_the_figure(json.loads(PAGE.read_text()))
     draw(sources, PICTURE)
     readme = ROOT / "README.md"
-    readme.write_text(with_alt(readme.read_text(), alt))
+    write_whole(readme, with_alt(readme.read_text(), alt))
     print(f"{PICTURE.relative_to(ROOT)}: {PICTURE.stat().st_size / 1000:.0f} kB")
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import yaml
+from whole_files import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,13 +38,28 @@ if importlib.util.find_spec("isopo_mini") is None:
     sys.path.insert(0, str(repository))  # a running kernel does not see what was installed after its start"""
 
 
+# Colab opens notebooks from there only; and the book appends to the address what it links to, so no `.git`.
+REPOSITORY = re.compile(r"https://github\.com/[\w.-]+/[\w.-]+(?<!\.git)")
+
+
 @dataclass(frozen=True)
 class Address:
-    """Where the project is published, and under which version."""
+    """Where the project is published, and under which version.
+
+    Raises:
+        ValueError: the address is not that of a repository's page, such as one that is copied from its *Clone* button.
+    """
 
     url: str
     branch: str
     version: str
+
+    def __post_init__(self) -> None:
+        if not REPOSITORY.fullmatch(self.url):
+            raise ValueError(
+                "repository.url of _config.yml: expected https://github.com/OWNER/NAME, as a browser shows it, "
+                f"got {self.url!r}{suggestion(self.url)}"
+            )
 
     @property
     def tag(self) -> str:
@@ -65,6 +81,12 @@ class Address:
         return f"https://colab.research.google.com/github/{self.slug}/blob/{self.branch}/{notebook}"
 
 
+def suggestion(url: str) -> str:
+    """What was probably meant by the address of a clone."""
+    match = re.fullmatch(r"(?:https?://|ssh://)?(?:git@)?(?:www\.)?github\.com[:/]([\w.-]+/[\w.-]+?)(?:\.git)?/?", url)
+    return f"; write https://github.com/{match[1]}" if match else ""
+
+
 def read_address(root: Path = ROOT) -> Address:
     """The address and version as `_config.yml` and `pyproject.toml` state them."""
     repository = yaml.safe_load((root / "_config.yml").read_text())["repository"]
@@ -74,10 +96,12 @@ def read_address(root: Path = ROOT) -> Address:
 
 def synced_notebook(text: str, address: Address) -> str:
     """A notebook's text with every cell tagged `setup` replaced by the current one."""
-    notebook = json.loads(text)
-    for cell in notebook["cells"]:
-        if "setup" in cell["metadata"].get("tags", []):
-            cell["source"] = address.setup_cell.splitlines(keepends=True)
+    notebook, current = json.loads(text), address.setup_cell
+    cells = [cell for cell in notebook["cells"] if "setup" in cell["metadata"].get("tags", [])]
+    if all("".join(cell["source"]) == current for cell in cells):
+        return text  # another notebook's form is not this script's to change
+    for cell in cells:
+        cell["source"] = current.splitlines(keepends=True)
     return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
 
@@ -113,18 +137,22 @@ def notebooks(root: Path = ROOT) -> list[Path]:
     return sorted(path for path in (root / "book").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 
 
-def main() -> int:
-    """Write or compare; the exit status says whether anything differed on a comparison."""
+def main(given: list[str] | None = None, root: Path = ROOT) -> int:
+    """Write or compare; the exit status says whether the address is none, or anything differed on a comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare only; exit 1 when a file differs")
-    arguments = parser.parse_args()
-    changes = differing()
+    arguments = parser.parse_args(given)
+    try:
+        changes = differing(root)
+    except ValueError as error:
+        print(error)
+        return 1
     for path, text in changes.items():
         if arguments.check:
-            print(f"{path.relative_to(ROOT)}: not in step with _config.yml; run python scripts/sync_address.py")
+            print(f"{path.relative_to(root)}: not in step with _config.yml; run python scripts/sync_address.py")
         else:
-            path.write_text(text)
-            print(f"{path.relative_to(ROOT)}: written")
+            write_whole(path, text)
+            print(f"{path.relative_to(root)}: written")
     return int(arguments.check and bool(changes))
 
 
