@@ -80,7 +80,9 @@ def _first_to_draw(policy: nn.Module, evaluate: Callable[[], Tensor], device: to
 def _generator_state(device: torch.device) -> list[Tensor]:
     """The state of torch's global generators, on the CPU and on the device; both are held on the host."""
     states = [torch.get_rng_state()]
-    if device.type not in ("cpu", "meta"):
+    if device.type == "mps":  # the only one of its kind, so it takes no device
+        states.append(torch.mps.get_rng_state())
+    elif device.type not in ("cpu", "meta"):
         states.append(torch.get_device_module(device).get_rng_state(device))
     return states
 
