@@ -48,6 +48,7 @@ CONTRACT: dict[str, str] = {
     "geometry.layerwise.Isopo.end_step": "self",
     "geometry.layerwise.gram_matrices": "model log_probs",
     "geometry.layerwise.register": "functions",
+    "geometry.layerwise.verify": "model log_probs num_sequences",
     "geometry.layerwise.NTK": "damping",
     "geometry.layerwise.FisherNormalized": "norm",
     "objectives.advantages.group_advantages": "rewards groups scale eps",

@@ -4,6 +4,7 @@ Whatever a layer does with its parameters, it is one of three things: a matrix p
 elementwise scale and shift. `handlers.py` writes PyTorch's functions in terms of these three.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from isopo_mini.geometry.stand_in import Slot, StandIn, Tape
+from isopo_mini.geometry.in_place import Unchanged, not_a_view, saved_tensors
+from isopo_mini.geometry.sequence_axis import RowsOfSequences
+from isopo_mini.geometry.stand_in import Slot, StandIn, Tape, slot_of
 
 
 def matrix_product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -29,20 +32,25 @@ def matrix_product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -
     tape = _tape(slots)
     if tape is not None:
         outputs = F.linear(inputs, _plain(weight).flatten(1), _plain(bias))
-        return tape.note(outputs, partial(_report_matrix_product, slots, inputs.detach().to(outputs.dtype)))
+        kept = inputs.detach().to(outputs.dtype)
+        report = partial(_report_matrix_product, slots, kept)
+        return tape.note(outputs, report if slots[0] is None else _if_unchanged(slots, kept, report))
     return _MatrixProduct.apply(slots, inputs, _plain(weight).flatten(1), _plain(bias), *_gates(slots))
 
 
 def table_lookup(indices: Tensor, table: Tensor, padding_index: int | None = None) -> Tensor:
     """Rows of the table, for indices `(S, …)`. The row `padding_index` gets no gradient."""
-    if not isinstance(table, StandIn):
+    slot = slot_of(table)
+    if slot is None:
         return F.embedding(indices, table, padding_index)
-    table.slot.check_input(indices, axes=1)
-    tape = _tape((table.slot,))
-    if tape is not None:
-        outputs = F.embedding(indices, _plain(table), padding_index)
-        return tape.note(outputs, partial(_report_table_lookup, table.slot, indices, padding_index))
-    return _TableLookup.apply(table.slot, indices, _plain(table), padding_index, table.slot.layer.gate())
+    slot.check_input(indices, axes=1)
+    tape = slot.layer.tape
+    if tape is None:
+        rows = _TableLookup.apply((slot,), indices, slot.values, padding_index, slot.layer.gate())
+    else:
+        report = partial(_report_table_lookup, slot, indices, padding_index)
+        rows = tape.note(F.embedding(indices, slot.values, padding_index), _if_unchanged((slot,), indices, report))
+    return RowsOfSequences.of(rows, slot.name) if indices.ndim == 1 else rows
 
 
 def scale_and_shift(inputs: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
@@ -53,8 +61,9 @@ def scale_and_shift(inputs: Tensor, scale: Tensor | None, shift: Tensor | None) 
             slot.check_input(inputs, axes=1 + slot.parameter.ndim)
     tape = _tape(slots)
     if tape is not None:
-        outputs = _scaled_and_shifted(inputs, _plain(scale), _plain(shift))
-        return tape.note(outputs, partial(_report_scale_and_shift, slots, inputs.detach()))
+        outputs, kept = _scaled_and_shifted(inputs, _plain(scale), _plain(shift)), inputs.detach()
+        report = partial(_report_scale_and_shift, slots, kept)
+        return tape.note(outputs, report if slots[0] is None else _if_unchanged(slots, kept, report))
     return _ScaleAndShift.apply(slots, inputs, _plain(scale), _plain(shift), *_gates(slots))
 
 
@@ -62,14 +71,16 @@ class _MatrixProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, slots: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, *gates: Tensor) -> Tensor:
         outputs = F.linear(inputs, weight, bias)  # autocast, when on, picks the precision here
-        ctx.slots = slots
-        ctx.save_for_backward(inputs.to(outputs.dtype), weight)
-        return outputs
+        _start_use(ctx, slots)
+        ctx.save_for_backward(
+            inputs.to(outputs.dtype) if slots[0] is not None else None, weight if ctx.needs_input_grad[1] else None
+        )
+        return not_a_view(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, output_gradients: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, weight = ctx.saved_tensors
+        inputs, weight = _end_use(ctx)
         _report_matrix_product(ctx.slots, inputs, output_gradients)
         input_gradients = None
         if ctx.needs_input_grad[1]:
@@ -79,16 +90,19 @@ class _MatrixProduct(torch.autograd.Function):
 
 class _TableLookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, slot: Any, indices: Tensor, table: Tensor, padding_index: int | None, gate: Tensor) -> Tensor:
-        ctx.slot, ctx.padding_index = slot, padding_index
+    def forward(
+        ctx: Any, slots: Any, indices: Tensor, table: Tensor, padding_index: int | None, gate: Tensor
+    ) -> Tensor:
+        _start_use(ctx, slots)
+        ctx.padding_index = padding_index
         ctx.save_for_backward(indices)
-        return F.embedding(indices, table)
+        return not_a_view(F.embedding(indices, table))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, output_gradients: Tensor) -> tuple[None, ...]:
-        (indices,) = ctx.saved_tensors
-        _report_table_lookup(ctx.slot, indices, ctx.padding_index, output_gradients)
+        (indices,) = _end_use(ctx)
+        _report_table_lookup(ctx.slots[0], indices, ctx.padding_index, output_gradients)
         return None, None, None, None, None
 
 
@@ -97,14 +111,14 @@ class _ScaleAndShift(torch.autograd.Function):
     def forward(
         ctx: Any, slots: Any, inputs: Tensor, scale: Tensor | None, shift: Tensor | None, *gates: Tensor
     ) -> Tensor:
-        ctx.slots = slots
-        ctx.save_for_backward(inputs if slots[0] is not None else None, scale)
-        return _scaled_and_shifted(inputs, scale, shift)
+        _start_use(ctx, slots)
+        ctx.save_for_backward(inputs if slots[0] is not None else None, scale if ctx.needs_input_grad[1] else None)
+        return not_a_view(_scaled_and_shifted(inputs, scale, shift))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, output_gradients: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, scale = ctx.saved_tensors
+        inputs, scale = _end_use(ctx)
         _report_scale_and_shift(ctx.slots, inputs, output_gradients)
         input_gradients = None
         if ctx.needs_input_grad[1]:
@@ -124,14 +138,56 @@ def _scaled_and_shifted(inputs: Tensor, scale: Tensor | None, shift: Tensor | No
     return inputs * scale if shift is None else torch.addcmul(shift, inputs, scale)
 
 
+# --- What a use keeps until backpropagation comes by, and what it is asked then ------------------------------------
+
+
+def _start_use(ctx: Any, slots: tuple[Slot | None, ...]) -> None:
+    """Note what a use is of, and whether it is made by recomputing inside of a backward pass."""
+    ctx.slots = slots
+    ctx.recomputed = torch._C._current_graph_task_id() != -1
+
+
+def _end_use(ctx: Any) -> tuple[Any, ...]:
+    """What the use saved, if it is still what it was, and if this is the backward pass that it belongs to.
+
+    A checkpoint without re-entry recomputes for the saved tensors only. A re-entrant one runs a backward pass of its
+    own through what it recomputed; the layer's other uses are not in it, so that no gate could wait for them all.
+    """
+    name = _name_of(ctx.slots)
+    if ctx.recomputed:
+        raise RuntimeError(
+            f"parameter '{name}': expected one backward pass through all uses of its layer, got a use that was "
+            f"recomputed inside of another one; checkpoint with use_reentrant=False"
+        )
+    return saved_tensors(ctx, name)
+
+
+def _if_unchanged(
+    slots: tuple[Slot | None, ...], kept: Tensor, report: Callable[[Tensor], None]
+) -> Callable[[Tensor], None]:
+    """The report, after a look at whether what it holds on to was changed in the meantime."""
+    unchanged = Unchanged(_name_of(slots), kept)
+
+    def checked(output_gradients: Tensor) -> None:
+        unchanged.check()
+        report(output_gradients)
+
+    return checked
+
+
+def _name_of(slots: tuple[Slot | None, ...]) -> str:
+    """The name of the first parameter of a use."""
+    return next(slot.name for slot in slots if slot is not None)
+
+
 # --- What backpropagation reports when it passes a use: the factors of the parameters' gradients --------------------
 
 
-def _report_matrix_product(slots: tuple[Slot | None, ...], inputs: Tensor, output_gradients: Tensor) -> None:
+def _report_matrix_product(slots: tuple[Slot | None, ...], inputs: Tensor | None, output_gradients: Tensor) -> None:
     """dW_s = Σ_t g_st x_stᵀ, db_s = Σ_t g_st."""
     for_weight, for_bias = slots
     left = _positions(output_gradients, 1)
-    if for_weight is not None:
+    if for_weight is not None and inputs is not None:
         for_weight.layer.add_matrix_use(for_weight, left, _positions(inputs, 1))
     if for_bias is not None:
         for_bias.layer.add_vector_use(for_bias, left, None)
@@ -160,7 +216,7 @@ def _report_scale_and_shift(slots: tuple[Slot | None, ...], inputs: Tensor | Non
 
 def _slots(*tensors: Tensor | None) -> tuple[Slot | None, ...]:
     """The slot of every stand-in, None for plain tensors."""
-    return tuple(tensor.slot if isinstance(tensor, StandIn) else None for tensor in tensors)
+    return tuple(slot_of(tensor) for tensor in tensors)
 
 
 def _tape(slots: tuple[Slot | None, ...]) -> Tape | None:

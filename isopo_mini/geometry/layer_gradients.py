@@ -2,6 +2,9 @@
 
 A layer is a weight and its bias (or whatever parameters its module owns). From the factors of their gradients come the
 Gram matrix, the norms, the overlaps with single tokens, and at the end the only thing that leaves: Σ_s c_s G_s.
+
+Where the loss is scaled by s, the factors are s times as large. What a transform asks for is divided by s, or by s²,
+and what leaves is not: it is on its way to whoever scaled the loss.
 """
 
 from collections.abc import Callable
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from isopo_mini.geometry import gram as grams
 from isopo_mini.geometry.parameter_gradients import MatrixGradients, VectorGradients, Workspace, sum_of
+from isopo_mini.precision import at_least_float32
 
 PATHS = ("auto", "dense", "ghost", "sketched")
 
@@ -26,6 +30,7 @@ class Resources:
         workspace: memory for the dense path.
         generator_of: the source of randomness on a device.
         token_mask: `(S, T)`, which positions may be sampled as tokens; None for all.
+        loss_scale: s.
     """
 
     def __init__(
@@ -35,14 +40,24 @@ class Resources:
         workspace: Workspace,
         generator_of: Callable[[torch.device], torch.Generator],
         token_mask: Tensor | None = None,
+        loss_scale: float | Tensor = 1.0,
     ) -> None:
         self.path = path
         self.sketch_size = sketch_size
         self.workspace = workspace
+        self.loss_scale = loss_scale
         self._generator_of = generator_of
         self._token_mask = token_mask
         self._projections: dict[tuple[str, int, torch.dtype, torch.device], Tensor] = {}
         self._tokens: dict[tuple[torch.Size, int, torch.device], Tensor] = {}
+
+    def unscaled(self, values: Tensor, degree: int) -> Tensor:
+        """What `values`, of that degree in the gradients, would be for a loss that is not scaled."""
+        if not isinstance(self.loss_scale, Tensor) and self.loss_scale == 1:
+            return values
+        for _ in range(degree):  # not by s²: that may leave the range where s does not
+            values = values / self.loss_scale
+        return values
 
     def projection(self, side: str, length: int, like: Tensor) -> Tensor:
         """A Gaussian projection of `length` numbers to k. Weights with a side of the same length share it."""
@@ -89,6 +104,10 @@ class LayerGradients:
 
     def gram(self) -> Float[Tensor, "S S"]:
         """K_ss' = ⟨G_s, G_s'⟩, summed over the parameters of the layer."""
+        return self.resources.unscaled(self._gram(), 2)
+
+    def _gram(self) -> Float[Tensor, "S S"]:
+        """K as the gradients came."""
         resources = self.resources
         resources.workspace.start_layer()
         if resources.path == "sketched":
@@ -128,18 +147,25 @@ class LayerGradients:
 
     def norms(self) -> Float[Tensor, "S"]:
         """‖G_s‖, the Euclidean norm."""
-        return sum_of([part.squared_norms() for part in self.parameters.values()]).sqrt()
+        norms = sum_of([part.squared_norms() for part in self.parameters.values()]).sqrt()
+        return self.resources.unscaled(norms, 1)
 
     def token_overlaps(self, count: int) -> tuple[Float[Tensor, "S N"], Float[Tensor, "N"]]:
         """⟨G_s, g_n⟩ and ‖g_n‖ for `count` random tokens n, or for all tokens where there are fewer."""
         sequences, positions = self.resources.tokens(*self._shape_of_uses(), count)
         parts = [part.token_overlaps(sequences, positions) for part in self.parameters.values()]
         overlaps, squares = (sum_of(list(pieces)) for pieces in zip(*parts, strict=True))
-        return overlaps, squares.sqrt()
+        return self.resources.unscaled(overlaps, 2), self.resources.unscaled(squares.sqrt(), 1)
 
     def combine(self, coefficients: Float[Tensor, "S"]) -> dict[str, Tensor]:
         """Σ_s c_s G_s, for every parameter."""
-        return {name: part.combine(coefficients) for name, part in self.parameters.items()}
+        dtypes = {part.dtype for part in self.parameters.values()}
+        if dtypes.isdisjoint(grams.HALF_PRECISION):
+            return {name: part.combine(coefficients) for name, part in self.parameters.items()}
+        # Half precision ends at 65,504, and c_s = A_s/‖G_s‖_F may be larger: c goes in units of its largest entry.
+        unit = coefficients.abs().amax().clamp_min(torch.finfo(coefficients.dtype).tiny)
+        combined = {name: part.combine(coefficients / unit) for name, part in self.parameters.items()}
+        return {name: at_least_float32(gradient) * unit for name, gradient in combined.items()}
 
     def _shape_of_uses(self) -> tuple[torch.Size, torch.device]:
         """(S, T) of every use of the layer, and where they are."""

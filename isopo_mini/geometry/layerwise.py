@@ -17,6 +17,7 @@ of the layer have been seen. The gate computes the Gram matrix, the coefficients
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import torch
@@ -28,10 +29,13 @@ from isopo_mini import checks
 from isopo_mini.geometry import handlers  # noqa: F401  (importing registers them)
 from isopo_mini.geometry.layer_functions import matrix_product, scale_and_shift, table_lookup
 from isopo_mini.geometry.layer_gradients import PATHS, LayerGradients, Resources
-from isopo_mini.geometry.microbatch import PAST_ITS_MODULE, LayerUses, Microbatch, Uses, layer_names, stand_ins
+from isopo_mini.geometry.loss_scale import check_loss_scale, grad_scaler_noticed
+from isopo_mini.geometry.microbatch import PAST_ITS_MODULE, LayerUses, Microbatch, Uses
 from isopo_mini.geometry.parameter_gradients import Workspace
-from isopo_mini.geometry.stand_in import Tape, UnhandledParameterError, register
+from isopo_mini.geometry.places import layer_names, stand_ins
+from isopo_mini.geometry.stand_in import PAST_PYTORCH, Tape, UnhandledParameterError, register
 from isopo_mini.geometry.transforms import NTK, FisherNormalized, MovingAverages, Transform
+from isopo_mini.geometry.verification import verify
 
 __all__ = [
     "NTK",
@@ -44,6 +48,7 @@ __all__ = [
     "register",
     "scale_and_shift",
     "table_lookup",
+    "verify",
 ]
 
 
@@ -97,7 +102,11 @@ class Isopo:
 
     @contextmanager
     def microbatch(
-        self, advantages: Float[Tensor, "S"], mask: Bool[Tensor, "S T"] | None = None
+        self,
+        advantages: Float[Tensor, "S"],
+        mask: Bool[Tensor, "S T"] | None = None,
+        *,
+        loss_scale: float | Float[Tensor, ""] = 1.0,
     ) -> Iterator[Microbatch]:
         """Open a microbatch: run the forward and the backward pass inside the `with` block.
 
@@ -107,11 +116,16 @@ class Isopo:
         Args:
             advantages: A, one a sequence. The step is linear in them: pass A/S for a mean over sequences.
             mask: the positions that the token-sampled Fisher norm may draw; all positions when None.
+            loss_scale: s > 0, where s times that sum is differentiated. `.grad` is then s times the step. The engine
+                cannot see s, and without it the Fisher-normalised step comes out s⁻² times too long. Do not count the
+                scale of a `torch.amp.GradScaler`: its method `scale`, called inside the block, is noticed.
 
         Raises:
-            ValueError: advantages are not a finite floating `(S,)`; a layer's input does not have S first.
+            ValueError: advantages are not a finite floating `(S,)`; a layer's input does not have S first; a parameter
+                was exchanged, as `torch.func.functional_call` does; the loss scale is not positive.
             UnhandledParameterError: a trainable parameter is used in a way that no handler covers.
-            RuntimeError: a microbatch of this model is open already.
+            RuntimeError: a microbatch of this model is open already; a parameter was replaced; what a use kept was
+                changed in place; a checkpoint is re-entrant; a backward pass stopped halfway.
         """
         sizes = checks.require_shape("advantages", advantages, "S")
         checks.require_not_empty("advantages", advantages)
@@ -119,9 +133,13 @@ class Isopo:
         checks.require_finite("advantages", advantages)
         if mask is not None:
             checks.require_shape("mask", mask, "S T", sizes)
+        check_loss_scale(loss_scale)
         advantages = advantages.detach()
 
-        resources = self._resources(mask)
+        resources = self._resources(mask, loss_scale)
+
+        def note_scaler(scale: Tensor) -> None:
+            resources.loss_scale = loss_scale * scale
 
         def close_layer(name: str, uses: Uses) -> dict[str, Tensor]:
             gradients = LayerGradients(uses, resources)
@@ -131,7 +149,7 @@ class Isopo:
 
         microbatch = Microbatch(self.model, self.layers, len(advantages), close_layer)
         try:
-            with microbatch.opened():
+            with grad_scaler_noticed(note_scaler), microbatch.opened():
                 yield microbatch
         except BaseException:
             for averages in self._averages.values():
@@ -149,10 +167,21 @@ class Isopo:
             f"{layer}/{name}": value
             for layer, averages in self._averages.items()
             for name, value in averages.history.items()
+            if value.isfinite()
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue with saved moving averages."""
+        """Continue with saved moving averages.
+
+        Raises:
+            ValueError: a value is not a single finite number, or belongs to a layer that the model does not have.
+        """
+        layers = set(layer_names(self.model, self.layers).values())
+        for key, value in state.items():
+            checks.require_shape(f"state['{key}']", value, "")
+            checks.require_finite(f"state['{key}']", value)
+            if key.rpartition("/")[0] not in layers:
+                raise ValueError(f"state: expected keys 'layer/name' of layers of this model, got '{key}'")
         self._averages.clear()
         for key, value in state.items():
             layer, name = key.rsplit("/", 1)
@@ -162,7 +191,7 @@ class Isopo:
         """The moving averages of one layer."""
         return self._averages.setdefault(layer, MovingAverages(self._decay))
 
-    def _resources(self, mask: Tensor | None = None) -> Resources:
+    def _resources(self, mask: Tensor | None = None, loss_scale: float | Tensor = 1.0) -> Resources:
         """What the layers of one microbatch share."""
 
         def generator_of(device: torch.device) -> torch.Generator:
@@ -170,7 +199,7 @@ class Isopo:
                 self._generators[device] = torch.Generator(device).manual_seed(self._seed)
             return self._generators[device]
 
-        return Resources(self.gram, self.sketch_size, self._workspace, generator_of, mask)
+        return Resources(self.gram, self.sketch_size, self._workspace, generator_of, mask, loss_scale)
 
 
 def gram_matrices(
@@ -194,20 +223,23 @@ def gram_matrices(
     layers: dict[str, LayerUses] = {}
 
     def make_layer(name: str) -> LayerUses:
-        layers[name] = LayerUses(None, tape)
+        layers[name] = LayerUses(tape=tape)
         return layers[name]
 
-    with stand_ins(model, "separate", make_layer) as slots:
-        parameters = [slot.parameter for slot in slots]
+    with stand_ins(model, "separate", make_layer) as shadows:
         total = log_probs().sum()
-        # Of the parameters nothing is expected back: what they are used for is on the tape.
-        wanted: list[Any] = [*tape.edges, *parameters]
+        # Of parameters and stand-ins nothing is expected back: what they are used for is on the tape.
+        names = [shadow.slot.name for shadow in shadows]
+        wanted: list[Any] = [*tape.edges]
+        wanted += [shadow.slot.parameter for shadow in shadows] + [shadow.edge() for shadow in shadows]
         gradients = torch.autograd.grad(total, wanted, allow_unused=True)
-    for slot, gradient in zip(slots, gradients[len(tape.edges) :], strict=True):
+    past = product((PAST_ITS_MODULE, PAST_PYTORCH), names)
+    for (use, name), gradient in zip(past, gradients[-2 * len(names) :], strict=True):
         if gradient is not None:
-            raise UnhandledParameterError(slot.name, PAST_ITS_MODULE)
+            raise UnhandledParameterError(name, use)
     for report, gradient in zip(tape.reports, gradients, strict=False):
         if gradient is not None:
             report(gradient)
     resources = engine._resources()
-    return {name: LayerGradients(layer.uses, resources).gram() for name, layer in layers.items() if layer.uses}
+    uses = {name: layer.take_uses() for name, layer in layers.items()}
+    return {name: LayerGradients(of_layer, resources).gram() for name, of_layer in uses.items() if of_layer}

@@ -1,78 +1,42 @@
-"""What happens while a microbatch is open: stand-ins before the parameters, and a gate for every layer."""
+"""What happens while a microbatch is open: uses report to their layer, and a gate closes it.
+
+Every gradient is accounted for. What a use reports waits for the gate of its layer; what does not go through a use
+meets a hook, on the parameter or on its stand-in; what is left when the block ends is an error.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import Node
 
+from isopo_mini.geometry.in_place import Unchanged
 from isopo_mini.geometry.parameter_gradients import MatrixGradients, VectorGradients
-from isopo_mini.geometry.stand_in import Slot, StandIn, Tape, UnhandledParameterError
+from isopo_mini.geometry.places import stand_ins
+from isopo_mini.geometry.stand_in import Slot, Tape, UnhandledParameterError
 
 PAST_ITS_MODULE = "a path that does not go through its module"
 
 Uses = dict[str, MatrixGradients | VectorGradients]
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a trainable parameter is kept: `module.key`. A shared parameter has several places."""
-
-    module: nn.Module
-    module_name: str
-    key: str
-    parameter: nn.Parameter
-
-
-def _places(model: nn.Module) -> list[_Place]:
-    """All places of all trainable parameters, in the order of `model.named_modules()`."""
-    return [
-        _Place(module, module_name, key, parameter)
-        for module_name, module in model.named_modules()
-        for key, parameter in module._parameters.items()
-        if parameter is not None and parameter.requires_grad
-    ]
-
-
-def layer_names(model: nn.Module, layers: str = "separate") -> dict[nn.Parameter, str]:
-    """The layer of every trainable parameter: the module that owns it, with the parameters of that module.
-
-    Modules that share a parameter (a tied embedding) are one layer, named after the first of them.
-    """
-    return _layers_of(_places(model), layers)
-
-
-def _layers_of(places: list[_Place], layers: str) -> dict[nn.Parameter, str]:
-    """See `layer_names`."""
-    if layers == "together":
-        return {place.parameter: "(all)" for place in places}
-    names: dict[nn.Parameter, str] = {}
-    of_module: dict[nn.Module, str] = {}
-    for place in places:
-        own = of_module.setdefault(place.module, place.module_name or "(root)")
-        known = names.setdefault(place.parameter, own)
-        if known != own:  # the parameter ties this module to an earlier layer
-            for table in (names, of_module):
-                table.update({key: known for key, name in table.items() if name == own})  # type: ignore[misc]
-    return names
-
-
 class LayerUses:
     """Collects the factors of one layer's gradient as backpropagation comes by its uses.
 
     Args:
-        num_sequences: S, which the first axis of every input must have; None when the first input decides.
+        num_sequences: S, which the first axis of every input must have; None when the tape knows.
         tape: where the uses are noted; None when they report to the gate.
     """
 
-    def __init__(self, num_sequences: int | None, tape: Tape | None = None) -> None:
+    def __init__(self, num_sequences: int | None = None, tape: Tape | None = None) -> None:
         self.num_sequences = num_sequences
         self.tape = tape
         self.uses: Uses = {}
+        self._kept: list[Unchanged] = []
 
     def gate(self) -> Tensor:
         """The node that the uses of an open microbatch hang on."""
@@ -80,58 +44,43 @@ class LayerUses:
 
     def expected_sequences(self, tensor: Tensor) -> int:
         """S; see the class."""
-        if self.num_sequences is None:
-            self.num_sequences = tensor.shape[0]
-        return self.num_sequences
+        if self.tape is None:
+            return cast(int, self.num_sequences)
+        if self.tape.num_sequences is None:
+            self.tape.num_sequences = tensor.shape[0]
+        return self.tape.num_sequences
+
+    def wanted(self) -> bool:
+        """Does anybody ask for the gradient of the layer's parameters?"""
+        return True
 
     def add_matrix_use(self, slot: Slot, left: Tensor, right: Tensor) -> None:
         """Backward has reached a use of a weight matrix: G_s += Σ_t left_st right_stᵀ."""
+        if not self.wanted():
+            return
         rows, columns = slot.parameter.shape[0], slot.parameter[0].numel()
         matrix = self.uses.setdefault(slot.name, MatrixGradients(rows, columns))
         if not isinstance(matrix, MatrixGradients):
             raise UnhandledParameterError(slot.name, "both an elementwise use and a matrix product")
         matrix.add_use(left, right)
+        self._kept += [Unchanged(slot.name, left), Unchanged(slot.name, right)]
 
     def add_vector_use(self, slot: Slot, output_gradients: Tensor, factors: Tensor | None) -> None:
         """Backward has reached a use of a bias or scale: G_s += Σ_t g_st ∘ factor_st."""
+        if not self.wanted():
+            return
         vector = self.uses.setdefault(slot.name, VectorGradients())
         if not isinstance(vector, VectorGradients):
             raise UnhandledParameterError(slot.name, "both an elementwise use and a matrix product")
         vector.add_use(output_gradients, factors)
+        self._kept += [Unchanged(slot.name, kept) for kept in (output_gradients, factors) if kept is not None]
 
-
-@contextmanager
-def stand_ins(model: nn.Module, layers: str, make_layer: Callable[[str], LayerUses]) -> Iterator[list[Slot]]:
-    """A stand-in before every trainable parameter, wherever a module keeps it; gone after the block whatever happens.
-
-    Args:
-        model: whose parameters are stood in for.
-        layers: see `layer_names`.
-        make_layer: makes the layer of a name, to which the uses of its parameters report.
-    """
-    places = _places(model)
-    layer_of = _layers_of(places, layers)
-    made = {name: make_layer(name) for name in dict.fromkeys(layer_of.values())}
-    slots: dict[nn.Parameter, Slot] = {}
-    shadows: dict[nn.Parameter, StandIn] = {}
-    shadowed: list[tuple[nn.Module, str]] = []
-    try:
-        for place in places:
-            module, key, parameter = place.module, place.key, place.parameter
-            if key in module.__dict__:
-                raise RuntimeError("microbatch: expected no other open microbatch of this model, got a second one")
-            if parameter not in slots:
-                name = f"{place.module_name}.{key}" if place.module_name else key
-                slots[parameter] = Slot(name, parameter, made[layer_of[parameter]])
-                shadows[parameter] = StandIn.for_slot(slots[parameter])
-            # An entry of __dict__ hides the parameter from attribute access and from nothing else:
-            # parameters(), state_dict() and the optimizer still see the real one.
-            module.__dict__[key] = shadows[parameter]
-            shadowed.append((module, key))
-        yield list(slots.values())
-    finally:
-        for module, key in shadowed:
-            del module.__dict__[key]
+    def take_uses(self) -> Uses:
+        """All uses of one backward pass, as they were when it came by. A second pass starts afresh."""
+        for kept in self._kept:
+            kept.check()
+        uses, self.uses, self._kept = self.uses, {}, []
+        return uses
 
 
 class _Layer(LayerUses):
@@ -143,6 +92,20 @@ class _Layer(LayerUses):
         self.microbatch = microbatch
         self.slots: list[Slot] = []
         self._gate: Tensor | None = None
+        self._pass = -1  # the backward pass that the uses are of
+        self._wanted = False
+
+    def wanted(self) -> bool:
+        """Will the backward pass that is running reach the gate? One that asks for inputs alone does not.
+
+        What an earlier pass has left, since an error stopped it, belongs to no gate any more.
+        """
+        running = torch._C._current_graph_task_id()
+        if running != self._pass:
+            self.uses, self._kept = {}, []
+            self._pass = running
+            self._wanted = torch._C._will_engine_execute_node(cast(Node, self.gate().grad_fn))
+        return self._wanted
 
     def gate(self) -> Tensor:
         """The node that every use hangs on. Made at the first use, so that backward reaches it right after the last."""
@@ -152,13 +115,13 @@ class _Layer(LayerUses):
 
     def transformed_gradients(self) -> list[Tensor | None]:
         """Σ_s c_s G_s for every parameter of the layer; None for one that the loss does not depend on."""
-        if not self.uses:
+        uses = self.take_uses()
+        if not uses:
             return [None] * len(self.slots)
         device_type = self.slots[0].parameter.device.type
         autocast = torch.is_autocast_enabled(device_type)
         with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
-            combined = self.microbatch.close_layer(self.name, self.uses)
-        self.uses = {}  # a second backward through the same graph starts afresh
+            combined = self.microbatch.close_layer(self.name, uses)
         result: list[Tensor | None] = []
         for slot in self.slots:
             gradient = combined.get(slot.name)
@@ -207,14 +170,15 @@ class Microbatch:
         self.num_sequences = num_sequences
         self.close_layer = close_layer
         self.coefficients: dict[str, Tensor] = {}
+        self._made: list[_Layer] = []
         self.returned: dict[str, Tensor] = {}  # gradients on their way from a gate to `.grad`
 
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Stand-ins are in place inside the `with` block."""
         hooks = []
-        with stand_ins(self.model, self.layers, lambda name: _Layer(name, self)) as slots:
-            for slot in slots:
+        with stand_ins(self.model, self.layers, self._make_layer) as shadows:
+            for slot in [shadow.slot for shadow in shadows]:
                 cast(_Layer, slot.layer).slots.append(slot)
                 hooks.append(slot.parameter.register_hook(self._refuse_other_gradients(slot.name)))
             try:
@@ -223,6 +187,21 @@ class Microbatch:
                 for hook in hooks:
                     hook.remove()
                 self.returned = {}
+        self._refuse_open_layers()
+
+    def _make_layer(self, name: str) -> _Layer:
+        """The layer of a name, to be asked at the end whether it is closed."""
+        self._made.append(_Layer(name, self))
+        return self._made[-1]
+
+    def _refuse_open_layers(self) -> None:
+        """Backward has reached uses of a layer and not its gate: the parameters have no gradient, or only a part."""
+        for layer in self._made:
+            if layer.uses:
+                raise RuntimeError(
+                    f"parameter '{next(iter(layer.uses))}': expected every backward pass of the microbatch to run to "
+                    f"its end, got one that stopped before the gradient was complete"
+                )
 
     def _refuse_other_gradients(self, name: str) -> Callable[[Tensor | None], None]:
         """A hook on the whole gradient of a parameter, on its way to `.grad`: it must be ours and nothing else."""

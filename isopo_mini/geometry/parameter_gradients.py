@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from isopo_mini.geometry import gram as grams
+from isopo_mini.precision import at_least_float32
 
 
 class Workspace:
@@ -54,9 +55,9 @@ class MatrixGradients:
         self.rights.append(right)
 
     @property
-    def device(self) -> torch.device:
-        """Where the gradients are."""
-        return self.rights[0].device
+    def dtype(self) -> torch.dtype:
+        """Of the factors."""
+        return self.rights[0].dtype
 
     @property
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
@@ -119,7 +120,7 @@ class MatrixGradients:
     def squared_norms(self) -> Tensor:
         """‖G_s‖², `(S,)`, without the rest of the Gram matrix."""
         if self.formed is not None:
-            return self.formed.flatten(1).square().sum(dim=1)
+            return at_least_float32(self.formed.flatten(1)).square().sum(dim=1)
         one_by_one = [
             sum_of(
                 [grams.ghost_between(*_only(pair, s), *_only(other, s)) for pair in self.pairs for other in self.pairs]
@@ -131,7 +132,7 @@ class MatrixGradients:
     def token_overlaps(self, sequences: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """⟨G_s, g_n⟩ `(S, N)` and ‖g_n‖² `(N,)` for the tokens n = (sequence, position)."""
         tokens = [
-            (left[sequences, positions].unsqueeze(1), right[sequences, positions].unsqueeze(1))
+            (_precise(left[sequences, positions]).unsqueeze(1), _precise(right[sequences, positions]).unsqueeze(1))
             for left, right in zip(self.lefts, self.rights, strict=True)
         ]
         overlaps = sum_of([grams.ghost_between(*pair, *token) for pair in self.pairs for token in tokens])
@@ -175,9 +176,9 @@ class VectorGradients:
         self.factors.append(factors)
 
     @property
-    def device(self) -> torch.device:
-        """Where the gradients are."""
-        return self.output_gradients[0].device
+    def dtype(self) -> torch.dtype:
+        """Of the gradients."""
+        return self.output_gradients[0].dtype
 
     def form(self) -> Tensor:
         """All G_s, `(S, d)`."""
@@ -196,17 +197,18 @@ class VectorGradients:
 
     def squared_norms(self) -> Tensor:
         """‖G_s‖², `(S,)`."""
-        return self.form().square().sum(dim=1)
+        return at_least_float32(self.form()).square().sum(dim=1)
 
     def token_overlaps(self, sequences: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """⟨G_s, g_n⟩ `(S, N)` and ‖g_n‖² `(N,)` for the tokens n = (sequence, position)."""
         tokens = sum_of(
             [
-                gradients[sequences, positions] * (1.0 if factors is None else factors[sequences, positions])
+                _precise(gradients[sequences, positions])
+                * (1.0 if factors is None else _precise(factors[sequences, positions]))
                 for gradients, factors in zip(self.output_gradients, self.factors, strict=True)
             ]
         )
-        return self.form() @ tokens.T, tokens.square().sum(dim=1)
+        return at_least_float32(self.form()) @ tokens.T, tokens.square().sum(dim=1)
 
     def combine(self, coefficients: Float[Tensor, "S"]) -> Float[Tensor, "d"]:
         """Σ_s c_s G_s."""
@@ -225,6 +227,11 @@ def sum_of(parts: list[Tensor]) -> Tensor:
 def _only(pair: tuple[Tensor, Tensor], sequence: int) -> tuple[Tensor, Tensor]:
     """The part of a (left, right) pair that belongs to one sequence."""
     return pair[0][sequence : sequence + 1], pair[1][sequence : sequence + 1]
+
+
+def _precise(factors: Tensor) -> Tensor:
+    """Vectors in at least single precision; token indices as they are."""
+    return at_least_float32(factors) if factors.is_floating_point() else factors
 
 
 def _dense_left(left: Tensor, rows: int, like: Tensor) -> Tensor:

@@ -18,6 +18,10 @@ class MovingAverages:
     Within a step every microbatch blends the history with its own value, so their order does not matter;
     `end_step` then folds the mean over the microbatches into the history. The first step has no history and uses
     its own values.
+
+    A value that is not finite, of a step that a `GradScaler` or a clipped norm would skip, does not enter the history:
+    the step after it is what it would have been without. None of this waits for a GPU. In `history`, NaN stands for a
+    name that has had no finite value yet.
     """
 
     def __init__(self, decay: float = 0.9) -> None:
@@ -35,7 +39,10 @@ class MovingAverages:
     def end_step(self) -> None:
         """Fold the values seen since the last call into the history."""
         for name, values in self._pending.items():
-            self.history[name] = self._update(name, torch.stack(values).mean())
+            seen = torch.stack(values)
+            mean = torch.where(seen.isfinite(), seen, torch.nan).nanmean()
+            folded = self._update(name, mean)
+            self.history[name] = torch.where(folded.isfinite(), folded, self.history.get(name, mean).to(folded))
         self._pending.clear()
 
     def forget_pending(self) -> None:
@@ -45,7 +52,8 @@ class MovingAverages:
     def _update(self, name: str, value: Tensor) -> Tensor:
         if name not in self.history:
             return value
-        return self.decay * self.history[name] + (1.0 - self.decay) * value
+        history = self.history[name].to(value)
+        return torch.where(history.isfinite(), self.decay * history + (1.0 - self.decay) * value, value)
 
 
 @runtime_checkable
