@@ -167,7 +167,7 @@ def token_fisher_norms(
         return euclidean_norm(overlaps, dim=1, mean=True)
     checks.require_shape("token_norms", token_norms, "N", sizes)
     numerator, denominator = euclidean_norm(overlaps, dim=1), euclidean_norm(token_norms, dim=0)
-    return torch.where(denominator > 0, numerator / denominator, torch.zeros_like(numerator))
+    return torch.where(denominator == 0, torch.zeros_like(numerator), numerator / denominator)
 
 
 def regularized(
@@ -198,7 +198,7 @@ def regularized(
     if not keep_small:
         return torch.hypot(norms, floor)
     # m = 0 means that every norm is zero: small gradients, which are to be left alone.
-    return torch.where(floor > 0, torch.hypot(norms / floor, torch.ones_like(norms)), torch.ones_like(norms))
+    return torch.where(floor == 0, torch.ones_like(norms), torch.hypot(norms / floor, torch.ones_like(norms)))
 
 
 def normalized_coefficients(
@@ -246,7 +246,7 @@ def normalized_coefficients(
 def divide(advantages: Float[Tensor, "S"], norms: Float[Tensor, "S"], power: float) -> Float[Tensor, "S"]:
     """A/xᵖ, and 0 where x is 0. In double precision, where a power of a small norm is not 0."""
     factors = norms.double() ** power
-    return _in_precision_of(advantages, torch.where(factors > 0, advantages.double() / factors, 0.0))
+    return _in_precision_of(advantages, torch.where(factors == 0, 0.0, advantages.double() / factors))
 
 
 def _in_precision_of(advantages: Tensor, coefficients: Tensor) -> Tensor:

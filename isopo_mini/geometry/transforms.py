@@ -136,7 +136,7 @@ class FisherNormalized:
         factors = [("overlap", overlaps, self.overlap_power)]
         if self.gradient_power or self.ratio_power:
             norms = layer.norms().to(overlaps.dtype)
-            ratios = torch.where(norms > 0, overlaps / norms, torch.zeros_like(norms))
+            ratios = torch.where(norms == 0, torch.zeros_like(norms), overlaps / norms)
             factors += [("gradient", norms, self.gradient_power), ("ratio", ratios, self.ratio_power)]
         coefficients = advantages
         for name, values, power in factors:

@@ -53,6 +53,8 @@ def verify(
         >>> max(errors.values()) < 1e-14
         True
     """
+    if not isinstance(num_sequences, int):
+        raise TypeError(f"num_sequences: expected an integer, got {type(num_sequences).__name__}")
     checks.require_at_least("num_sequences", num_sequences, 2)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not parameters:
@@ -149,7 +151,7 @@ def _sum_of_norms(part: MatrixGradients | VectorGradients, advantages: Tensor) -
     )
     total = 0.0
     for pair in zip(lefts, rights, strict=True):
-        vectors = [vector for vector in pair if vector is not None and vector.is_floating_point()]
+        vectors = [vector.detach() for vector in pair if vector is not None and vector.is_floating_point()]
         norms = torch.stack([at_least_float32(vector).norm(dim=-1) for vector in vectors]).prod(dim=0)  # (S, T)
         total += float((advantages.abs().to(norms) @ norms).sum())
     return total

@@ -1,5 +1,6 @@
 """The transforms as the engine applies them: the averages they carry along, and their formulas written out."""
 
+import re
 from typing import Any
 
 import pytest
@@ -72,10 +73,62 @@ class TestMovingAverages:
         averages.end_step()
         assert averages.history == {"norm": 1.0}
 
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+    def test_only_finite_numbers_enter_the_history(self, bad: float) -> None:
+        averages = MovingAverages(DECAY)
+        averages.blend("norm", number(bad))
+        averages.end_step()
+        assert averages.blend("norm", number(3.0)) == 3.0, "a first step that was bad is no history"
+        averages.blend("norm", number(bad))
+        averages.blend("norm", number(5.0))
+        averages.end_step()
+        torch.testing.assert_close(averages.history["norm"], number(4.0))  # the mean of the finite ones
+        averages.blend("norm", number(bad))
+        averages.end_step()
+        torch.testing.assert_close(averages.history["norm"], number(4.0))
+        assert not averages.blend("norm", number(bad)).isfinite(), "the bad microbatch itself is not made to look good"
+
     def test_without_decay_there_is_no_memory(self) -> None:
         averages = MovingAverages(0.0)
         averages.history["norm"] = number(2.0)
         assert averages.blend("norm", number(7.0)) == 7.0
+
+
+TRANSFORMS = [NTK(0.1), FisherNormalized(strength=0.1), FisherNormalized("token", 0.5, 1.0, 0.3, strength=0.1)]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_the_step_after_a_bad_one_is_the_step_before_it(transform: Transform, first: bool, bad: float) -> None:
+    """Same data, same weights; the bad step is one that a GradScaler would skip. It was never forgotten before."""
+    layer, ((inputs, advantages),) = make_layer(), make_batches(1)
+    engine, gradients = Isopo(layer, transform), []
+    for scale in [bad, 1.0, 1.0] if first else [1.0, bad, 1.0, 1.0]:
+        layer.zero_grad()
+        with engine.microbatch(advantages):
+            (scale * objective(layer, inputs)).sum().backward()
+        engine.end_step()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in layer.parameters()]))  # type: ignore[union-attr]
+        assert all(value.isfinite() for value in engine.state_dict().values())
+    assert [bool(gradient.isfinite().all()) for gradient in gradients].count(False) == 1
+    for gradient in gradients[-2:]:
+        torch.testing.assert_close(gradient, gradients[0] if not first else gradients[1], rtol=1e-13, atol=1e-15)
+
+
+def test_one_bad_microbatch_leaves_the_others_in_the_average() -> None:
+    layer, batches = make_layer(), make_batches(3)
+    states = []
+    for scales in ((1.0, float("nan"), 1.0), (1.0, None, 1.0)):
+        engine = Isopo(layer, NTK(0.1))
+        for scale, (inputs, advantages) in zip(scales, batches, strict=True):
+            if scale is not None:
+                with engine.microbatch(advantages):
+                    (scale * objective(layer, inputs)).sum().backward()
+        engine.end_step()
+        states.append(engine.state_dict())
+    assert states[0].keys() == {"(root)/eigenvalue"}
+    torch.testing.assert_close(states[0], states[1])
 
 
 # --- The formulas, on one linear layer, through the engine ---------------------------------------------------------
@@ -217,6 +270,20 @@ class TestErrors:
     def test_decay(self, decay: float) -> None:
         with pytest.raises(ValueError, match=rf"^decay: expected a number in \[0, 1\), got {decay}$"):
             MovingAverages(decay)
+
+    def test_state(self) -> None:
+        engine, good = Isopo(make_layer(), NTK(1.0)), {"(root)/eigenvalue": number(2.0)}
+        engine.load_state_dict(good)
+        with pytest.raises(ValueError, match=r"^state\['\(root\)/eigenvalue'\]: expected finite numbers, got nan at"):
+            engine.load_state_dict({"(root)/eigenvalue": number(float("nan"))})
+        with pytest.raises(ValueError, match=r"^state\['\(root\)/eigenvalue'\]: expected shape \(\), got \(2,\)$"):
+            engine.load_state_dict({"(root)/eigenvalue": torch.ones(2)})
+        for key in ("head/eigenvalue", "(root)", "eigenvalue"):
+            with pytest.raises(
+                ValueError, match=rf"^state: expected keys 'layer/name' of layers .* got '{re.escape(key)}'$"
+            ):
+                engine.load_state_dict({key: number(1.0)})
+        assert engine.state_dict() == good, "what was refused has changed nothing"
 
     @pytest.mark.parametrize("damping", [0.0, -1.0, float("inf"), float("nan")])
     def test_damping(self, damping: float) -> None:
