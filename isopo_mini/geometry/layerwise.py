@@ -13,6 +13,10 @@ instead of multiplying them. Every use also hangs on a *gate*, an autograd node 
 of the layer have been seen. The gate computes the Gram matrix, the coefficients c and the layer's gradient
 Σ_s c_s G_s, and hands that to autograd as the gradient of the parameters. So it is autograd that accumulates it in
 `.grad`, and what builds on autograd works: gradient accumulation, autocast, checkpointing, DistributedDataParallel.
+
+What would escape the engine is an error with the name of the parameter. It is exact for models whose sequences do not
+influence one another and are the first axis of every layer's input; not every breach of that can be seen from inside.
+Run `verify` once on a new model: it compares the engine with autograd.
 """
 
 from collections.abc import Callable, Iterator
@@ -117,8 +121,8 @@ class Isopo:
             advantages: A, one a sequence. The step is linear in them: pass A/S for a mean over sequences.
             mask: the positions that the token-sampled Fisher norm may draw; all positions when None.
             loss_scale: s > 0, where s times that sum is differentiated. `.grad` is then s times the step. The engine
-                cannot see s, and without it the Fisher-normalised step comes out s⁻² times too long. Do not count the
-                scale of a `torch.amp.GradScaler`: its method `scale`, called inside the block, is noticed.
+                cannot see s; untold, it would make of a Fisher-normalised step, divided by s again, s⁻² times that
+                step. Do not count a `torch.amp.GradScaler`: its method `scale` is noticed inside the block.
 
         Raises:
             ValueError: advantages are not a finite floating `(S,)`; a layer's input does not have S first; a parameter
