@@ -60,6 +60,10 @@ def test_a_compiled_part_gives_the_gradient_of_what_was_written(part: str, used_
         model, lambda: score(model[2](torch.tanh(F.linear(X, model[0].weight, model[0].bias))))
     )
     assert_exact(engine_gradients(model, lambda: score(forward(X))), expected)
+    grams = layerwise.gram_matrices(model, lambda: score(forward(X)))
+    plain = layerwise.gram_matrices(model, lambda: score(model[2](torch.tanh(model[0](X)))))
+    assert grams.keys() == {"0", "2"}
+    torch.testing.assert_close(grams, plain, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.usefixtures("_forget_compiled_code")
@@ -188,14 +192,15 @@ def test_checkpoints_inside_of_checkpoints() -> None:
 # --- Backward passes --------------------------------------------------------------------------------------------------
 
 
-def test_asking_for_the_gradient_of_the_input_first_counts_nothing_twice() -> None:
+def test_asking_for_the_gradient_of_the_input_counts_nothing_twice() -> None:
     model, inputs = perceptron(), X.clone().requires_grad_()
     expected = autograd_gradients(model, lambda: score(model(X)))
     with Isopo(model, Given()).microbatch(A) as opened:
         total = score(model(inputs)).sum()
         (saliency,) = torch.autograd.grad(total, inputs, retain_graph=True)
         assert opened.coefficients == {}
-        total.backward()
+        total.backward(retain_graph=True)
+        torch.autograd.grad(total, inputs)  # nor does it leave anything open
     assert_exact({name: parameter.grad for name, parameter in model.named_parameters()}, expected)
     torch.testing.assert_close(inputs.grad, saliency)
 
