@@ -38,6 +38,7 @@ INTERNAL = {
     "isopo_mini.geometry.verification",
     "isopo_mini.objectives.bookkeeping",
     "isopo_mini.precision",
+    "isopo_mini.tasks.bandit_instances",
     "isopo_mini.tasks.lyapunov",
     "isopo_mini.training.record_files",
     "isopo_mini.writing",
