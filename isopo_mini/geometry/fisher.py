@@ -124,8 +124,9 @@ def exact_fisher(
             jacobian, values = vmap(jacrev(log_probs, has_aux=True), in_dims=(None, 0))(parameters, observation)
             # ∇log π of every action at every position, (n, ..., A, P)
             scores = functional.flatten(jacobian, parameters, lead=values.ndim)
-            rows = (weight.unsqueeze(-1) * values.exp()).sqrt().unsqueeze(-1) * scores
-            rows = rows.reshape(-1, num_parameters)
+            counts = weight > 0  # what the mask leaves out would only be multiplied by 0
+            probs = weight[counts].unsqueeze(-1) * values[counts].exp()
+            rows = (probs.sqrt().unsqueeze(-1) * scores[counts]).reshape(-1, num_parameters)
             fisher += rows.mT @ rows
     return fisher
 
