@@ -37,7 +37,7 @@ def grad_scaler_noticed(note: Callable[[Tensor], None]) -> Iterator[None]:
     def noticed(self: GradScaler, outputs: Any) -> Any:
         scaled = scale(self, outputs)
         if self.is_enabled() and self._scale is not None:
-            note(self._scale.clone())  # `update` will change the scaler's own tensor in place
+            note(self._scale)
         return scaled
 
     GradScaler.scale = noticed  # type: ignore[method-assign, assignment]
