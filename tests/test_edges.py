@@ -33,6 +33,9 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # About 1e-30 to 1e30. Powers of two, so that scaling rounds nothing.
 UNITS = [2.0**exponent for exponent in (-100, -33, -10, 0, 10, 33, 100)]
 KINDS = ["ordinary", "one sequence of one token", "all equal", "all masked but one", "identical rows"]
+# Hypothesis favours numbers that it finds in the repository's modules, so that `derandomize` alone draws other examples
+# when a module changes. From few seeds it does not matter which: all 1,400 combinations were tried for every entry.
+SEEDS = range(10)
 CLEAR = re.compile(r"^[^:]+: expected .+, got .+", re.DOTALL)
 
 
@@ -157,14 +160,15 @@ class Entry:
 
 
 def loss(name: str, **options: Any) -> Entry:
-    """The loss beside the size of its terms, its gradient, and a metric."""
+    """The loss beside the sizes of its terms, rA and A log π, which may cancel; its gradient; and a metric."""
 
     def call(draw: Draw) -> list[Any]:
         log_probs, advantages = draw.log_probs().requires_grad_(), draw.numbers(draw.sequences)
         value, metrics = losses.LOSSES[name](log_probs, draw.log_probs(), advantages, draw.mask(), **options)
         (gradient,) = torch.autograd.grad(value, log_probs)
-        terms = (advantages[:, None].double() * log_probs.detach().double()).abs().max().clamp(max=1e30)
-        return [torch.stack([value.detach(), terms.to(value.dtype)]), gradient, metrics["clip_fraction"]]
+        largest = advantages.double().abs().max()
+        terms = torch.stack([largest, largest * log_probs.detach().double().abs().max()]).to(value.dtype)
+        return [torch.cat([value.detach()[None], terms]), gradient, metrics["clip_fraction"]]
 
     return Entry(call, error=r"log_probs: expected log π − log π_old of a token that is not clipped", half=True)
 
@@ -233,7 +237,10 @@ ENTRIES: dict[str, list[Entry]] = {
         Entry(lambda d: advantages.gae(d.tokens(), d.tokens(), d.mask(), 0.9, 0.8, d.numbers(d.sequences)))
     ],
     "objectives.aggregation.aggregate_tokens": [
-        Entry(lambda d, name=name: aggregation.aggregate_tokens(d.tokens(), d.mask(), name))  # type: ignore[misc]
+        Entry(
+            lambda d, name=name: aggregation.aggregate_tokens(d.tokens(), d.mask(), name),  # type: ignore[misc]
+            size=lambda unit: unit,
+        )
         for name in aggregation.AGGREGATES
     ],
     "objectives.kl.estimate": [
@@ -325,7 +332,9 @@ ENTRIES: dict[str, list[Entry]] = {
     ],
     "geometry.gram.sketched": [Entry(lambda d: gram.sketched(*factors(d), sketch_of(d)), half=True)],
     "tasks.bandit.ContextualBandit.log_policy": [Entry(lambda d: d.bandit().log_policy(d.policy()))],
-    "tasks.bandit.ContextualBandit.expected_return": [Entry(lambda d: d.bandit().expected_return(d.policy()))],
+    "tasks.bandit.ContextualBandit.expected_return": [
+        Entry(lambda d: d.bandit().expected_return(d.policy()), size=lambda unit: unit)
+    ],
     "tasks.bandit.ContextualBandit.advantages": [Entry(lambda d: d.bandit().advantages(d.policy()))],
     "tasks.bandit.ContextualBandit.logit_gradient": [Entry(lambda d: d.bandit().logit_gradient(d.policy()))],
     "tasks.bandit.ContextualBandit.logit_fisher": [Entry(lambda d: d.bandit().logit_fisher(d.policy()))],
@@ -336,7 +345,7 @@ ENTRIES: dict[str, list[Entry]] = {
     "tasks.bandit.ContextualBandit.every_pull": [Entry(lambda d: d.bandit().every_pull(d.policy())[2])],
     "tasks.bandit.ContextualBandit.sample": [Entry(pulled)],
     "tasks.bandit.ContextualBandit.evaluate": [
-        Entry(lambda d: [d.bandit().evaluate(d.policy())[name] for name in ("return", "optimum")])
+        Entry(lambda d: [d.bandit().evaluate(d.policy())[key] for key in ("return", "optimum")], size=lambda unit: unit)
     ],
     "tasks.bandit.Bandit.two_armed": [Entry(lambda d: Bandit.two_armed(d.unit).advantages(TabularSoftmax(1, 2)))],
 }
@@ -406,7 +415,7 @@ def compare(outcome: Tensor, right: Tensor, limits: torch.finfo, tolerance: floa
 @pytest.mark.parametrize("name", sorted(ENTRIES))
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
-    dtype=st.sampled_from(DTYPES), unit=st.sampled_from(UNITS), kind=st.sampled_from(KINDS), seed=st.integers(0, 1000)
+    dtype=st.sampled_from(DTYPES), unit=st.sampled_from(UNITS), kind=st.sampled_from(KINDS), seed=st.sampled_from(SEEDS)
 )
 def test_the_answer_is_that_of_double_precision_or_a_clear_error(
     name: str, dtype: torch.dtype, unit: float, kind: str, seed: int

@@ -50,11 +50,17 @@ def fitted_values(
     Source: without bootstrapping, the linear baseline of Duan et al., arXiv 1604.06778; with it, least-squares
     temporal differences at trace decay 1, Boyan (2002), Technical update: least-squares temporal difference learning.
     """
+    dtype = precision.common_dtype([batch.rewards])
+    values, bootstrap = _fitted(batch, discount, ridge)
+    return values.to(dtype), bootstrap.to(dtype)
+
+
+def _fitted(batch: Batch, discount: float, ridge: float) -> tuple[Float[Tensor, "S T"], Float[Tensor, "S"]]:
+    """See `fitted_values`. In double precision: products make the condition number the square of the features'."""
     truncated, final_observations = _endings(batch)
     checks.require_positive("ridge", ridge)
     checks.require_shape("batch.observations", batch.observations, "S T d")
     checks.require_floating("batch.observations", batch.observations)
-    # float64: the products make the system's condition number the square of the features'.
     rewards = batch.rewards.double()
     seen = discounted_returns(rewards, batch.mask, discount)[batch.mask]  # G, (N,)
     if discount == 1 and truncated.all():
@@ -72,9 +78,7 @@ def fitted_values(
     system = design.T @ (design - continued) / len(design)
     system.diagonal().add_(ridge)
     weights = torch.linalg.solve(system, design.T @ seen / len(design))
-    values = (features @ weights).masked_fill(~batch.mask, 0.0)
-    dtype = precision.common_dtype([batch.rewards])
-    return values.to(dtype), (last @ weights).to(dtype)
+    return (features @ weights).masked_fill(~batch.mask, 0.0), last @ weights
 
 
 def episode_advantages(
@@ -109,13 +113,14 @@ def _advantages(
     batch: Batch, discount: float, trace_decay: float, standardise: bool, ridge: float
 ) -> Float[Tensor, "S T"]:
     """See `episode_advantages`."""
-    values, bootstrap = fitted_values(batch, discount, ridge=ridge)
-    advantages = gae(batch.rewards, values, batch.mask, discount, trace_decay, bootstrap)
-    if not standardise:
-        return advantages
-    centred = advantages - advantages[batch.mask].mean()
-    std = precision.euclidean_norm(centred[batch.mask], dim=0, mean=True)
-    return (centred / (std + 1e-8)).masked_fill(~batch.mask, 0.0)
+    # In double precision to the end: where V fits well, an advantage is a small difference of large numbers.
+    values, bootstrap = _fitted(batch, discount, ridge)
+    advantages = gae(batch.rewards.double(), values, batch.mask, discount, trace_decay, bootstrap)
+    if standardise:
+        centred = advantages - advantages[batch.mask].mean()
+        std = precision.euclidean_norm(centred[batch.mask], dim=0, mean=True)
+        advantages = (centred / (std + 1e-8)).masked_fill(~batch.mask, 0.0)
+    return advantages.to(precision.common_dtype([batch.rewards]))
 
 
 def _features(observations: Float[Tensor, "... d"]) -> Float[Tensor, "... F"]:
