@@ -37,6 +37,7 @@ INTERNAL = {
     "isopo_mini.geometry.parameter_gradients",
     "isopo_mini.geometry.verification",
     "isopo_mini.objectives.bookkeeping",
+    "isopo_mini.objectives.ratios",
     "isopo_mini.precision",
     "isopo_mini.tasks.bandit_instances",
     "isopo_mini.tasks.lyapunov",

@@ -24,6 +24,7 @@ from torch import Tensor
 from isopo_mini import checks, precision
 from isopo_mini.objectives.aggregation import aggregate_tokens
 from isopo_mini.objectives.bookkeeping import metrics, prepared
+from isopo_mini.objectives.ratios import finite_exp, outside, pessimistic, require_clips, require_finite_ratio
 
 Tokens = Float[Tensor, "S T"]
 Mask = Bool[Tensor, "S T"]
@@ -175,9 +176,9 @@ def gspo(
     """
     log_probs, old_log_probs, advantages = prepared(log_probs, old_log_probs, advantages, mask)
     mean_log_ratio = (log_probs - old_log_probs).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True)  # (S, 1)
-    ratio = _finite_exp(mean_log_ratio).detach() * (log_probs - log_probs.detach()).exp()
-    objective, clipped = _pessimistic(ratio, advantages, clip_low, clip_high)
-    _require_finite_ratio(mean_log_ratio.expand_as(mask), clipped, advantages)
+    ratio = finite_exp(mean_log_ratio).detach() * (log_probs - log_probs.detach()).exp()
+    objective, clipped = pessimistic(ratio, advantages, clip_low, clip_high)
+    require_finite_ratio(mean_log_ratio.expand_as(mask), clipped, advantages)
     loss = _aggregated(-objective, mask, aggregate, max_length)
     return loss, metrics(log_probs, old_log_probs, mask, clipped)
 
@@ -207,7 +208,7 @@ def cispo(
     checks.require_choice("dialect", dialect, ("verl", "trl"))
     if clip_high is None:
         clip_high = 0.2 if dialect == "verl" else 5.0
-    _require_clips(clip_low, clip_high)
+    require_clips(clip_low, clip_high)
     log_probs, old_log_probs, advantages = prepared(log_probs, old_log_probs, advantages, mask)
     ratio = (log_probs - old_log_probs).exp().detach()
     weight = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) if dialect == "verl" else ratio.clamp(max=clip_high)
@@ -231,14 +232,14 @@ def copg(
     Source: Markowitz and Staley, *Clipped-objective policy gradients for pessimistic policy optimization*,
     arXiv 2311.05846.
     """
-    _require_clips(clip_low, clip_high)
+    require_clips(clip_low, clip_high)
     log_probs, old_log_probs, advantages = prepared(log_probs, old_log_probs, advantages, mask)
     log_ratio = log_probs - old_log_probs
     # The logarithm of the clip, without going through r, which underflows where log r does not.
     lowest = math.log1p(-clip_low) if clip_low < 1 else -math.inf
     bound = old_log_probs + log_ratio.clamp(lowest, math.log1p(clip_high))
     loss = _aggregated(-torch.minimum(log_probs * advantages, bound * advantages), mask, aggregate, max_length)
-    return loss, metrics(log_probs, old_log_probs, mask, _outside(log_ratio.exp(), advantages, clip_low, clip_high))
+    return loss, metrics(log_probs, old_log_probs, mask, outside(log_ratio.exp(), advantages, clip_low, clip_high))
 
 
 LOSSES: dict[str, Callable[..., Loss]] = {
@@ -260,55 +261,19 @@ def _token_clip(
     """PPO's clip with one ratio a token, which four methods share."""
     log_probs, old_log_probs, advantages = prepared(log_probs, old_log_probs, advantages, mask)
     log_ratio = log_probs - old_log_probs
-    ratio = _finite_exp(log_ratio)
-    objective, clipped = _pessimistic(ratio, advantages, clip_low, clip_high)
+    ratio = finite_exp(log_ratio)
+    objective, clipped = pessimistic(ratio, advantages, clip_low, clip_high)
     if dual_clip is not None:
         if not dual_clip > 1.0:
             raise ValueError(f"dual_clip: expected a number > 1, got {dual_clip}")
         floor = torch.where(advantages < 0, dual_clip * advantages, -torch.inf)
         clipped = clipped | (objective < floor)
         objective = torch.maximum(objective, floor)
-    _require_finite_ratio(log_ratio, clipped, advantages)
+    require_finite_ratio(log_ratio, clipped, advantages)
     loss = _aggregated(-objective, mask, aggregate, max_length)
     return loss, metrics(log_probs, old_log_probs, mask, clipped)
-
-
-def _finite_exp(log_ratio: Tensor) -> Tensor:
-    """exp, stopped where it would overflow: the gradient of a clipped token is 0 times this, and 0 · ∞ is not 0."""
-    return log_ratio.clamp(max=precision.largest_exponent(log_ratio.dtype)).exp()
-
-
-def _require_finite_ratio(log_ratio: Tensor, clipped: Tensor, advantages: Tensor) -> None:
-    """A ratio that does count, since nothing clips it, must not have been stopped by `_finite_exp`."""
-    limit = precision.largest_exponent(log_ratio.dtype)
-    bad = (log_ratio > limit) & ~clipped & (advantages != 0)
-    if bad.any():
-        index = tuple(bad.nonzero()[0].tolist())
-        raise ValueError(
-            f"log_probs: expected log π − log π_old of a token that is not clipped to be at most {limit:.1f}, "
-            f"got {log_ratio[index].item():g} at index {index}; take smaller steps, or ppo's dual_clip"
-        )
 
 
 def _aggregated(values: Tensor, mask: Tensor, aggregate: str, max_length: int | None) -> Tensor:
     """The loss, which must fit its dtype."""
     return precision.require_fits("loss", aggregate_tokens(values, mask, aggregate, max_length))
-
-
-def _pessimistic(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
-    """min(rA, clip(r)A), and where the clip took the gradient away."""
-    _require_clips(clip_low, clip_high)
-    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    objective = torch.minimum(ratio * advantages, clipped * advantages)
-    return objective, _outside(ratio, advantages, clip_low, clip_high)
-
-
-def _outside(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """Where the ratio has left the range on the side that the advantage favours."""
-    return ((advantages > 0) & (ratio > 1.0 + clip_high)) | ((advantages < 0) & (ratio < 1.0 - clip_low))
-
-
-def _require_clips(clip_low: float, clip_high: float) -> None:
-    """Clip ranges are numbers ≥ 0."""
-    checks.require_at_least("clip_low", clip_low, 0.0)
-    checks.require_at_least("clip_high", clip_high, 0.0)
