@@ -39,10 +39,9 @@ class MovingAverages:
     def end_step(self) -> None:
         """Fold the values seen since the last call into the history."""
         for name, values in self._pending.items():
-            seen = torch.stack(values)
-            mean = torch.where(seen.isfinite(), seen, torch.nan).nanmean()
-            folded = self._update(name, mean)
-            self.history[name] = torch.where(folded.isfinite(), folded, self.history.get(name, mean).to(folded))
+            folded = self._update(name, values[0] if len(values) == 1 else _mean_of_finite(torch.stack(values)))
+            unchanged = self.history[name].to(folded) if name in self.history else torch.nan
+            self.history[name] = torch.where(folded.isfinite(), folded, unchanged)
         self._pending.clear()
 
     def forget_pending(self) -> None:
@@ -53,7 +52,13 @@ class MovingAverages:
         if name not in self.history:
             return value
         history = self.history[name].to(value)
-        return torch.where(history.isfinite(), self.decay * history + (1.0 - self.decay) * value, value)
+        return torch.where(history == history, torch.lerp(value, history, self.decay), value)  # NaN is not itself
+
+
+def _mean_of_finite(values: Float[Tensor, "N"]) -> Float[Tensor, ""]:
+    """The mean without the numbers that are not finite; NaN if there are no others."""
+    finite = values.isfinite()
+    return torch.where(finite, values, 0.0).sum() / finite.sum()
 
 
 @runtime_checkable
