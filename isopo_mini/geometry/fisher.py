@@ -10,15 +10,17 @@ tokens has T of them, and its score is the sum of ∇log π over them. Columns r
 `policy.parameters()`, each flattened, in order; a tied parameter is counted once.
 """
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.func import grad, jacrev, vjp, vmap
+from torch.func import grad, jacrev, vmap
 
 from isopo_mini import checks
 from isopo_mini.geometry import functional
+from isopo_mini.geometry.fisher_products import fisher_vector_product as fisher_vector_product
+from isopo_mini.geometry.fisher_products import squared_length as squared_length
 from isopo_mini.geometry.functional import Parameters
-from isopo_mini.precision import at_least_float32, common_dtype, require_fits
+from isopo_mini.geometry.positions import checked_mask, position_weights, require_observations
+from isopo_mini.precision import at_least_float32, require_fits
 
 # Numbers a chunk of `exact_fisher` holds at most: 128 MiB in float64.
 _CHUNK_NUMBERS = 2**24
@@ -58,11 +60,11 @@ def score_matrix(
     parameters = functional.trainable_parameters(policy)
     checks.require_integer("actions", actions)
     checks.require_not_empty("actions", actions)
-    _require_observations(observations)
+    require_observations(observations)
     if len(observations) != len(actions):
         raise ValueError(f"actions: expected N={len(observations)} rows, one an observation, got {len(actions)}")
     checks.require_same_device("actions", actions, "observations", observations)
-    mask = _checked_mask(mask, "actions", actions, actions.shape)
+    mask = checked_mask(mask, "actions", actions, actions.shape)
 
     def log_prob(parameters: Parameters, observation: Tensor, action: Tensor, keep: Tensor) -> Tensor:
         log_probs = functional.logits(policy, parameters, observation.unsqueeze(0)).squeeze(0).log_softmax(dim=-1)
@@ -110,7 +112,7 @@ def exact_fisher(
         natural gradient method, arXiv 1412.1193.
     """
     parameters = functional.trainable_parameters(policy)
-    share, num_actions = _position_weights(policy, parameters, observations, weights, mask)
+    share, num_actions = position_weights(policy, parameters, observations, weights, mask)
     num_parameters = sum(parameter.numel() for parameter in parameters.values())
     chunk = max(1, _CHUNK_NUMBERS // (share[0].numel() * num_actions * num_parameters))
 
@@ -152,106 +154,3 @@ def empirical_fisher(scores: Float[Tensor, "N P"]) -> Float[Tensor, "P P"]:
     checks.require_finite("scores", scores)
     scores = at_least_float32(scores)
     return require_fits("scoresᵀscores/N", scores.mT @ scores / len(scores))
-
-
-def fisher_vector_product(
-    policy: nn.Module,
-    observations: Tensor,
-    vector: Float[Tensor, "P"],
-    weights: Float[Tensor, "N"] | None = None,
-    mask: Bool[Tensor, "N *positions"] | None = None,
-) -> Float[Tensor, "P"]:
-    """F v for the exact Fisher, without forming F: three linear maps, right to left.
-
-    u = J v (forward mode);  u ← w m (diag π − ππᵀ) u;  F v = Jᵀ u (reverse mode).
-
-    Args:
-        policy, observations, weights, mask: as for `exact_fisher`.
-        vector: v, `(P,)`.
-
-    Returns:
-        `(P,)`, at the cost of about two gradients.
-
-    Raises:
-        TypeError: a dtype is wrong.
-        ValueError: as `exact_fisher`; or `vector` has the wrong length or is not finite.
-
-    Source: Schraudolph, Fast curvature matrix-vector products, Neural Computation 14 (2002).
-    """
-    parameters = functional.trainable_parameters(policy)
-    share, _ = _position_weights(policy, parameters, observations, weights, mask)
-    sizes = [parameter.numel() for parameter in parameters.values()]
-    checks.require_shape("vector", vector, "P", {"P": sum(sizes)})
-    checks.require_floating("vector", vector)
-    checks.require_same_device("vector", vector, "logits", share)
-    checks.require_finite("vector", vector)
-    tangents = {
-        name: require_fits("vector", piece.to(parameters[name].dtype)).reshape(parameters[name].shape)
-        for name, piece in zip(parameters, vector.split(sizes), strict=True)
-    }
-
-    def logits(parameters: Parameters) -> Tensor:
-        return functional.logits(policy, parameters, observations)
-
-    with functional.differentiable_attention():
-        # z and J v, both (N, ..., A)
-        values, change = functional.directional_derivative(logits, parameters, tangents)
-        probs = values.softmax(dim=-1)
-        # Measured from the change of the most probable action: a change that is the same for all then gives exactly 0,
-        # and a rare action's share keeps its digits.
-        change = change - change.gather(-1, probs.argmax(dim=-1, keepdim=True))
-        change = probs * (change - (probs * change).sum(dim=-1, keepdim=True))
-        _, pull_back = vjp(logits, parameters)  # type: ignore[misc]
-        (product,) = pull_back(share.unsqueeze(-1) * change)
-    return functional.flatten(product, parameters, lead=0)
-
-
-def _require_observations(observations: Tensor) -> None:
-    """A tensor with at least one sample, finite if it holds numbers."""
-    if not isinstance(observations, Tensor):
-        raise TypeError(f"observations: expected a tensor, got {type(observations).__name__}")
-    if observations.ndim == 0 or observations.numel() == 0:
-        raise ValueError(f"observations: expected shape (N ...) with N >= 1, got {tuple(observations.shape)}")
-    if observations.is_floating_point():
-        checks.require_finite("observations", observations)
-
-
-def _checked_mask(mask: Tensor | None, other_name: str, other: Tensor, shape: torch.Size) -> Tensor:
-    """The mask, all True when None, after a look at its dtype, shape and device."""
-    if mask is None:
-        return torch.ones(shape, dtype=torch.bool, device=other.device)
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"mask: expected a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
-    if mask.shape != shape:
-        raise ValueError(f"mask: expected shape {tuple(shape)}, got {tuple(mask.shape)}")
-    checks.require_same_device("mask", mask, other_name, other)
-    return mask
-
-
-def _position_weights(
-    policy: nn.Module,
-    parameters: Parameters,
-    observations: Tensor,
-    weights: Tensor | None,
-    mask: Tensor | None,
-) -> tuple[Tensor, int]:
-    """w_n m_nt with Σ_n w_n = 1, of shape `(N, *positions)`, and the number of actions A."""
-    _require_observations(observations)
-    with torch.no_grad():
-        logits = functional.logits(policy, parameters, observations)  # for its shape, dtype and device
-    num_samples = len(observations)
-    if logits.ndim < 2 or len(logits) != num_samples:
-        raise ValueError(f"policy: expected logits of shape (N={num_samples} ... A), got {tuple(logits.shape)}")
-    if weights is None:
-        weights = logits.new_ones(num_samples)
-    checks.require_shape("weights", weights, "N", {"N": num_samples})
-    checks.require_floating("weights", weights)
-    checks.require_same_device("weights", weights, "logits", logits)
-    checks.require_finite("weights", weights)
-    if (weights < 0).any() or not weights.any():
-        raise ValueError(f"weights: expected numbers >= 0, not all of them 0, got {weights.tolist()}")
-    keep = _checked_mask(mask, "logits", logits, logits.shape[:-1])
-    weights = weights.to(common_dtype((weights, logits)))
-    weights = weights / weights.max()  # first, so that the sum of large weights does not overflow
-    shares = (weights / weights.sum()).to(logits.dtype)
-    return shares.reshape(-1, *[1] * (logits.ndim - 2)) * keep, logits.shape[-1]

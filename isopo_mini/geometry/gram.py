@@ -152,6 +152,34 @@ def ghost_between(
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
+def own_products(
+    left: Float[Tensor, "S T o"] | Int[Tensor, "S T"],
+    right: Float[Tensor, "S T i"],
+    other_left: Float[Tensor, "S U o"] | Int[Tensor, "S U"],
+    other_right: Float[Tensor, "S U i"],
+) -> Float[Tensor, "S"]:
+    """⟨G_s, H_s⟩ for two sets of gradients of one weight, each sequence with itself: the diagonal of a Gram matrix.
+
+    Multiplications S·T·U(o+i), in blocks of sequences so that memory stays small.
+    """
+    precise = torch.promote_types(right.dtype, torch.float32)
+    size = max(1, GHOST_BLOCK // (right.shape[1] * other_right.shape[1]))
+    factors = (left, right, other_left, other_right)
+    products = []
+    for a, x, b, y in zip(*(factor.split(size) for factor in factors), strict=True):
+        of_right = x.to(precise) @ y.to(precise).mT
+        if a.is_floating_point() and b.is_floating_point():
+            of_left = a.to(precise) @ b.to(precise).mT
+        elif a.is_floating_point():  # the entry of a that b's one-hot vector picks
+            of_left = a.to(precise).gather(2, b[:, None, :].expand(-1, a.shape[1], -1))
+        elif b.is_floating_point():
+            of_left = b.to(precise).gather(2, a[:, None, :].expand(-1, b.shape[1], -1)).mT
+        else:
+            of_left = a[:, :, None] == b[:, None, :]
+        products.append((of_right * of_left).sum(dim=(1, 2)))
+    return torch.cat(products)
+
+
 def sketched_gradients(
     left: Float[Tensor, "S T o"] | Int[Tensor, "S T"], right: Float[Tensor, "S T i"], sketch: Sketch
 ) -> Float[Tensor, "S k l"]:

@@ -3,8 +3,8 @@
 A policy-gradient step is Σ_s A_s g_s, with g_s = ∇ log π(y_s | x_s) the score of sequence s. Both variants of
 ISOPO keep the scores and replace the advantages A by coefficients c, so the step becomes Σ_s c_s g_s:
 
-- *NTK* ("interacting"): c = λ(K + λI)⁻¹A with the Gram matrix K_ss' = ⟨g_s, g_s'⟩. The step is λ times the damped
-  natural gradient, since Sᵀ(SSᵀ + λI)⁻¹ = (SᵀS + λI)⁻¹Sᵀ.
+- *NTK* ("interacting"): c = (K + λI)⁻¹A with the Gram matrix K_ss' = ⟨g_s, g_s'⟩, or λ times that. The step is the
+  damped natural gradient, or λ times it, since Sᵀ(SSᵀ + λI)⁻¹ = (SᵀS + λI)⁻¹Sᵀ. See `ntk_coefficients` on the scale.
 - *Fisher-normalised* ("non-interacting"): c_s = A_s/‖g_s‖_F, so that every sequence moves the policy equally far.
 
 Source: N. Abrahamsen, *ISOPO: Proximal policy gradients without pi-old*, arXiv 2512.23353, and the public
@@ -18,38 +18,65 @@ from torch import Tensor
 from isopo_mini import checks
 from isopo_mini.precision import at_least_float32, common_dtype, euclidean_norm, require_fits
 
+NTK_SCALES = ("gradient", "natural")
+
 
 def ntk_coefficients(
-    gram: Float[Tensor, "S S"], advantages: Float[Tensor, "S"], damping: float | Float[Tensor, ""]
+    gram: Float[Tensor, "S S"],
+    advantages: Float[Tensor, "S"],
+    damping: float | Float[Tensor, ""],
+    scale: str = "gradient",
 ) -> Float[Tensor, "S"]:
-    """c = λ(K + λI)⁻¹A.
+    """c = λ(K + λI)⁻¹A, in the scale of the gradient; or c = (K + λI)⁻¹A, in its natural scale.
 
-    As λ → ∞, c → A, which is REINFORCE. As λ → 0, c/λ → K⁻¹A, which is the natural gradient.
+    The two differ by λ, one number a layer, and λ = ρ·tr K/S differs between layers by orders of magnitude. So the
+    scale is a part of the method, and so is the optimizer that it belongs under:
+
+    - `"gradient"` is the public code's. As λ → ∞, c → A, which is REINFORCE. An optimizer with a scale of its own for
+      every parameter, such as AdamW, has to undo the factor λ.
+    - `"natural"` is the damped natural gradient itself. As λ → ∞, c → A/λ. It belongs under plain SGD: where a
+      layer's weight is written as a·W, K is a² times as large, and the step changes the policy as before.
+
+    As λ → 0, c → K⁻¹A in the natural scale, which is the undamped natural gradient.
 
     Args:
         gram: K, symmetric and positive semi-definite. It may be singular: identical sequences share their coefficient.
         advantages: A.
         damping: λ > 0, in the units of K (squared gradient).
+        scale: `"gradient"` or `"natural"`.
 
     Returns:
-        c, in the units of A, in at least single precision; never longer than A.
+        c, in at least single precision. In the units of A and never longer than A, or in those of A/K and never
+        longer than A/λ.
 
     Raises:
-        ValueError: a shape differs, an entry is not finite, or λ is not positive.
+        ValueError: a shape differs, an entry is not finite, λ is not positive, the scale is unknown, or a coefficient
+            does not fit.
 
     Example:
         >>> import torch
         >>> ntk_coefficients(torch.ones(2, 2), torch.tensor([1.0, -1.0]), 1e-12)  # A is in the null space of K
         tensor([ 1., -1.])
+        >>> ntk_coefficients(torch.eye(2), torch.tensor([1.0, -1.0]), 1.0, scale="natural")
+        tensor([ 0.5000, -0.5000])
     """
     _check_gram(gram)
     checks.require_shape("advantages", advantages, "S", {"S": gram.shape[0]})
     checks.require_floating("advantages", advantages)
     checks.require_finite("advantages", advantages)
     checks.require_positive("damping", float(damping))
+    checks.require_choice("scale", scale, NTK_SCALES)
     ratio = float(damping) / max(float(mean_eigenvalue(gram.double())), torch.finfo(torch.float64).tiny)
     solver = solve_ntk if is_above_rounding(ratio, gram) else solve_ntk_by_eigenvalues
-    return solver(gram, advantages, torch.as_tensor(damping, dtype=torch.float64, device=gram.device))
+    damping = torch.as_tensor(damping, dtype=torch.float64, device=gram.device)
+    coefficients = solver(gram, advantages, damping)
+    return coefficients if scale == "gradient" else require_fits("c/λ", over_scale(coefficients, damping))
+
+
+def over_scale(coefficients: Float[Tensor, "S"], scale: Float[Tensor, ""]) -> Float[Tensor, "S"]:
+    """c divided by one number of the layer; 0 where that is 0: the layer has no gradient then."""
+    quotients = coefficients.double() / scale.double()
+    return torch.where(scale == 0, 0.0, quotients).to(coefficients.dtype)
 
 
 def is_above_rounding(ratio: float, gram: Float[Tensor, "S S"]) -> bool:

@@ -38,13 +38,14 @@ from isopo_mini.geometry.microbatch import PAST_ITS_MODULE, LayerUses, Microbatc
 from isopo_mini.geometry.parameter_gradients import Workspace
 from isopo_mini.geometry.places import layer_names, stand_ins
 from isopo_mini.geometry.stand_in import PAST_PYTORCH, Tape, UnhandledParameterError, register
-from isopo_mini.geometry.transforms import NTK, FisherNormalized, MovingAverages, Transform
+from isopo_mini.geometry.transforms import NTK, FisherNormalized, LayerScaled, MovingAverages, Transform
 from isopo_mini.geometry.verification import verify
 
 __all__ = [
     "NTK",
     "FisherNormalized",
     "Isopo",
+    "LayerScaled",
     "UnhandledParameterError",
     "gram_matrices",
     "layer_names",
@@ -61,7 +62,7 @@ class Isopo:
 
     Args:
         model: any module whose layers keep the sequence axis first: inputs `(S, …, features)`.
-        transform: `NTK(…)` or `FisherNormalized(…)`.
+        transform: `NTK(…)`, `FisherNormalized(…)` or `LayerScaled()`.
         gram: how the Gram matrix of a weight is made: `"dense"`, `"ghost"`, `"auto"` (whichever of the two costs fewer
             multiplications) or `"sketched"`.
         sketch_size: k of the sketched Gram matrix.

@@ -121,13 +121,8 @@ class MatrixGradients:
         """‖G_s‖², `(S,)`, without the rest of the Gram matrix."""
         if self.formed is not None:
             return at_least_float32(self.formed.flatten(1)).square().sum(dim=1)
-        one_by_one = [
-            sum_of(
-                [grams.ghost_between(*_only(pair, s), *_only(other, s)) for pair in self.pairs for other in self.pairs]
-            )
-            for s in range(self.rights[0].shape[0])
-        ]
-        return torch.cat(one_by_one).flatten()
+        pairs = self.pairs
+        return sum_of([grams.own_products(*pair, *other) for pair in pairs for other in pairs])
 
     def token_overlaps(self, sequences: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """⟨G_s, g_n⟩ `(S, N)` and ‖g_n‖² `(N,)` for the tokens n = (sequence, position)."""
@@ -222,11 +217,6 @@ def sum_of(parts: list[Tensor]) -> Tensor:
     for part in parts[1:]:
         total = total + part
     return total
-
-
-def _only(pair: tuple[Tensor, Tensor], sequence: int) -> tuple[Tensor, Tensor]:
-    """The part of a (left, right) pair that belongs to one sequence."""
-    return pair[0][sequence : sequence + 1], pair[1][sequence : sequence + 1]
 
 
 def _precise(factors: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which coefficients a layer's gradients get: the two variants of ISOPO, with the averages they carry along."""
+"""Which coefficients a layer's gradients get: the two variants of ISOPO, the scale of a layer, and their averages."""
 
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -10,6 +10,7 @@ from torch import Tensor
 from isopo_mini import checks
 from isopo_mini.geometry import isopo
 from isopo_mini.geometry.layer_gradients import LayerGradients
+from isopo_mini.precision import at_least_float32
 
 
 class MovingAverages:
@@ -74,29 +75,52 @@ class Transform(Protocol):
 
 @dataclass(frozen=True)
 class NTK:
-    """c = λ(K + λI)⁻¹A with λ = ρ · (moving average of tr K/S): the damped natural gradient of the layer.
+    """c = λ(K + λI)⁻¹A or (K + λI)⁻¹A, λ = ρ · (moving average of tr K/S): the damped natural gradient of the layer.
 
     Args:
-        damping: ρ > 0, without units. Large ρ is REINFORCE, small ρ the undamped natural gradient.
+        damping: ρ > 0, without units. Large ρ is REINFORCE (with `"natural"`, over λ), small ρ the undamped natural
+            gradient.
+        scale: `"gradient"`: with the factor λ, as in the public code, for an optimizer such as AdamW, which undoes it;
+            `"natural"`: without, for SGD. See `isopo.ntk_coefficients`.
 
     Raises:
-        ValueError: ρ is not positive.
+        ValueError: ρ is not positive, or the scale is unknown.
     """
 
     damping: float = 1.0
+    scale: str = "gradient"
 
     def __post_init__(self) -> None:
         checks.require_positive("damping", self.damping)
+        checks.require_choice("scale", self.scale, isopo.NTK_SCALES)
 
     def coefficients(
         self, layer: LayerGradients, advantages: Float[Tensor, "S"], averages: MovingAverages
     ) -> Float[Tensor, "S"]:
         """See the class."""
         gram = layer.gram()
-        eigenvalue = averages.blend("eigenvalue", isopo.mean_eigenvalue(gram))
+        damping = self.damping * averages.blend("eigenvalue", isopo.mean_eigenvalue(gram))
         above_rounding = isopo.is_above_rounding(self.damping, gram)
         solver = isopo.solve_ntk if above_rounding else isopo.solve_ntk_by_eigenvalues
-        return solver(gram, advantages, self.damping * eigenvalue)
+        coefficients = solver(gram, advantages, damping)
+        return coefficients if self.scale == "gradient" else isopo.over_scale(coefficients, damping)
+
+
+@dataclass(frozen=True)
+class LayerScaled:
+    """c = A/μ with μ = (moving average of) tr K/S: every layer's REINFORCE gradient, in that layer's natural scale.
+
+    No sequence is treated otherwise than another: it is what ISOPO's variants are in the natural scale, without what
+    they do between the sequences, and so what they have to be compared with. It is `NTK(ρ, scale="natural")` as ρ → ∞,
+    times ρ.
+    """
+
+    def coefficients(
+        self, layer: LayerGradients, advantages: Float[Tensor, "S"], averages: MovingAverages
+    ) -> Float[Tensor, "S"]:
+        """See the class."""
+        squares = layer.norms().double().square()
+        return isopo.over_scale(at_least_float32(advantages), averages.blend("eigenvalue", squares.mean()))
 
 
 @dataclass(frozen=True)
@@ -115,9 +139,12 @@ class FisherNormalized:
         strength: ρ ≥ 0 of the regulariser, see `isopo.regularized`.
         keep_small: which regulariser.
         tokens: how many tokens are sampled for the token norms.
+        scale: of the layer. `"norm"`, as published: the divisor is what it is. `"gradient"`: it is taken relative to
+            its root mean square, A·rms(o)/o_s, so that the layer's step has the size of REINFORCE's and only the
+            sequences' shares differ. `"natural"`: that, over (a moving average of) tr K/S, as in `LayerScaled`.
 
     Raises:
-        ValueError: an unknown norm, a negative strength, or fewer than one token.
+        ValueError: an unknown norm or scale, a negative strength, or fewer than one token.
     """
 
     norm: str = "sequence"
@@ -127,9 +154,11 @@ class FisherNormalized:
     strength: float = 0.0
     keep_small: bool = False
     tokens: int = 250
+    scale: str = "norm"
 
     def __post_init__(self) -> None:
         checks.require_choice("norm", self.norm, ("sequence", "token", "token-unscaled"))
+        checks.require_choice("scale", self.scale, ("norm", "gradient", "natural"))
         checks.require_at_least("strength", self.strength, 0.0)
         checks.require_at_least("tokens", self.tokens, 1)
 
@@ -148,7 +177,11 @@ class FisherNormalized:
             if power:
                 mean_square = averages.blend(name, isopo.mean_of_squares(values))
                 values = isopo.regularized(values, self.strength, mean_square, self.keep_small)
+                if self.scale != "norm":
+                    values = isopo.over_scale(values, isopo.mean_of_squares(values).sqrt())
                 coefficients = isopo.divide(coefficients, values, power)
+        if self.scale == "natural":
+            coefficients = LayerScaled().coefficients(layer, coefficients, averages)
         return coefficients
 
     def _fisher_norms(self, layer: LayerGradients) -> Float[Tensor, "S"]:

@@ -1,6 +1,6 @@
-"""The optimizer that takes the step an update rule left in `.grad`: SGD, AdamW or Muon, by name.
+"""The optimizer that takes the step an update rule left in `.grad`: SGD, SGD with momentum, AdamW or Muon, by name.
 
-An update rule mixes sequences, an optimizer rescales parameters; any pair of them can be combined. All three are made
+An update rule mixes sequences, an optimizer rescales parameters; any pair of them can be combined. All are made
 without weight decay: it would move the policy even where every advantage is zero.
 """
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from isopo_mini import checks
 
-OPTIMIZERS = ("sgd", "adamw", "muon")
+OPTIMIZERS = ("sgd", "momentum", "adamw", "muon")
 
 
 class Together(torch.optim.Optimizer):
@@ -58,8 +58,9 @@ def make_optimizer(name: str, policy: nn.Module, learning_rate: float) -> torch.
     """The optimizer `name` of all trainable parameters of the policy.
 
     Args:
-        name: `"sgd"`: θ ← θ − ηg, no momentum; `"adamw"`: β = (0.9, 0.999); `"muon"`: `torch.optim.Muon` for the
-            `hidden_matrices`, with steps scaled to the size of AdamW's, and AdamW for all other parameters.
+        name: `"sgd"`: θ ← θ − ηg; `"momentum"`: m ← 0.9m + g, θ ← θ − ηm; `"adamw"`: β = (0.9, 0.999); `"muon"`:
+            `torch.optim.Muon` for the `hidden_matrices`, with steps scaled to the size of AdamW's, and AdamW for all
+            other parameters.
         policy: whose parameters change.
         learning_rate: η, one for all parameters.
 
@@ -75,8 +76,8 @@ def make_optimizer(name: str, policy: nn.Module, learning_rate: float) -> torch.
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError("policy: expected at least one trainable parameter, got none")
-    if name == "sgd":
-        return torch.optim.SGD(trainable, lr=learning_rate)
+    if name in ("sgd", "momentum"):
+        return torch.optim.SGD(trainable, lr=learning_rate, momentum=0.9 if name == "momentum" else 0.0)
     if name == "adamw":
         return torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=0.0, fused=True)
     matrices = hidden_matrices(policy)

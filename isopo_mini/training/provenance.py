@@ -1,5 +1,6 @@
 """Where a number came from: code, seed, device and library versions, written beside it, whole or not at all."""
 
+import hashlib
 import json
 import os
 import platform
@@ -7,11 +8,14 @@ import subprocess
 import sys
 import tomllib
 from datetime import UTC, datetime
+from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from torch import nn
 
 import isopo_mini
 from isopo_mini.writing import write_together
@@ -25,18 +29,43 @@ def provenance(device: str | torch.device = "cpu", **settings: Any) -> dict[str,
         **settings: what the measurement was asked to do, such as seeds; kept as they are.
 
     Returns:
-        A dict that JSON can hold: the command, settings, code version, libraries, device, threads and the day.
+        A dict that JSON can hold: the command, settings, code (version, commit, and `source_hash`), libraries, device,
+        threads and the day.
     """
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "command": " ".join(["python", *_relative(sys.orig_argv[1:])]),
         "settings": settings,
-        "code": {"isopo_mini": isopo_mini.__version__, "commit": _commit()},
-        "libraries": {"python": platform.python_version(), "torch": torch.__version__, "pandas": pd.__version__},
+        "code": {"isopo_mini": isopo_mini.__version__, "commit": _commit(), "source": source_hash()},
+        "libraries": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
         "device": {"type": device.type, "name": name, "threads": torch.get_num_threads()},
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
+
+
+# Whose numbers these are, beside ours.
+_LIBRARIES = ("torch", "numpy", "scipy", "pandas", "gymnasium")
+
+
+@lru_cache
+def source_hash() -> str:
+    """Twelve digits that change with any source file of the package, committed or not."""
+    folder = Path(isopo_mini.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        digest.update(path.read_bytes().replace(b"\r\n", b"\n"))
+    return digest.hexdigest()[:12]
+
+
+def weights_hash(policy: nn.Module) -> str:
+    """Twelve digits that change with any parameter or buffer of a policy."""
+    digest = hashlib.sha256()
+    for name, value in policy.state_dict().items():
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def write_table(path: Path, table: pd.DataFrame, record: dict[str, Any]) -> None:

@@ -1,5 +1,8 @@
 """The files of an experiment's folder: one record a run, and the configuration that says which runs are its own.
 
+While runs are made, each leaves a file in `records`. Then all of them become lines of one file, `records.jsonl`, to
+which lines are added and in which none is changed.
+
 Whatever else lies in the folder of records would be counted along: a copy of a record makes one seed weigh double, one
 of another experiment changes which step size is best. So everything that is read is first held against what this
 folder is about, and what does not belong there is an error that names the file.
@@ -9,30 +12,32 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from isopo_mini.training.leases import lease
 from isopo_mini.writing import is_unfinished, write_atomically
 
 FOLDER = "records"
+PACKED = "records.jsonl"
 CONFIGURATION = "config.json"
 # What a configuration lists, where a record has one of the list; all else they have in common.
 VARIED = ("rule", "learning_rate", "seed", "phase")
 SEEDS = {"choose": "seeds", "report": "report_seeds"}
 _RUN = ("task", "rule", "learning_rate", "seed", "phase", "optimizer")
-_PARTS = ("run", "status", "score", "final", "area", "target", "to_target", "wall_seconds", "curve")
+_PARTS = ("run", "status", "score", "final", "area", "target", "to_target", "wall_seconds", "code", "curve")
 
 
-def file_name(rule: str, learning_rate: float, seed: int) -> str:
-    """Of a record: rule, step size and seed, in characters that every file system takes."""
+def file_name(rule: str, optimizer: str, learning_rate: float, seed: int) -> str:
+    """Of a record: rule, optimizer, step size and seed, in characters that every file system takes."""
     safe = re.sub(r"[^\w.=+-]", "_", rule)
-    return f"{safe}__{learning_rate:g}__{seed}.json"
+    return f"{safe}__{optimizer}__{learning_rate:g}__{seed}.json"
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write one run as JSON, a line a part, whole or not at all."""
-    parts = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in record.items()]
-    write_atomically(path, "{\n" + ",\n".join(parts) + "\n}\n")
+    """Write one run as a line of JSON, whole or not at all."""
+    write_atomically(path, json.dumps(record, allow_nan=False) + "\n")
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -42,37 +47,111 @@ def read_record(path: Path) -> dict[str, Any]:
         ValueError: the file is no record, or has a score that is no number.
     """
     try:
-        record = json.loads(path.read_text())
-    except ValueError as error:  # no JSON, or no text
+        text = path.read_text()
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path.name}: expected the record of a run, got no JSON ({error})") from error
-    if not isinstance(record, dict) or not {"run", "score", "curve"} <= record.keys():
-        raise ValueError(f"{path.name}: expected the record of a run, with run, score and curve")
-    named = record["run"] if isinstance(record["run"], dict) else {}
-    if missing := [name for name in _PARTS if name not in record] + [name for name in _RUN if name not in named]:
-        raise ValueError(f"{path.name}: expected the record of a run, got one without {', '.join(missing)}")
-    for name in ("score", "final", "area"):
-        if not isinstance(record[name], int | float) or not math.isfinite(record[name]):
-            raise ValueError(f"{path.name}: expected a finite {name}, got {record[name]}")
-    return record
+    return _parse(text, path.name)
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """All records of an experiment's folder, by file name.
 
     Raises:
-        ValueError: there are none; or a file is no record, does not have its run's name, or is of a run that the
-            folder's configuration, where there is one, does not name.
+        ValueError: there are none; or one is no record, does not have its run's name, is there twice, or is of a run
+            that the folder's configuration, where there is one, does not name.
     """
-    paths = sorted((folder / FOLDER).glob("*.json"))
-    if not paths:
-        raise ValueError(f"folder: expected records in {folder.name}/{FOLDER}, got none")
+    found = _loose(folder)
+    for name, record in _packed(folder).items():
+        if found.setdefault(name, record) != record:
+            raise ValueError(f"{name}: expected what {PACKED} has of this run, got another record")
+    if not found:
+        raise ValueError(f"folder: expected records in {folder.name}/{PACKED} or {folder.name}/{FOLDER}, got none")
     config = read_configuration(folder)
-    found = []
-    for path in paths:
+    for name, record in found.items():
+        _require_own(name, record["run"], config)
+    return [found[name] for name in sorted(found)]
+
+
+def recorded(folder: Path) -> dict[str, dict[str, Any]]:
+    """The settings of every run that has a record, by its file name."""
+    # Loose ones first: while they are packed they are in both places, and never in none.
+    return {name: record["run"] for name, record in (_loose(folder) | _packed(folder)).items()}
+
+
+def is_recorded(folder: Path, name: str) -> bool:
+    """Whether the run of this file name has a record; quick enough to be asked before every run."""
+    if (folder / FOLDER / name).exists():
+        return True
+    path = folder / PACKED
+    if not path.exists():
+        return False
+    state = path.stat()
+    return name in _names_of(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=1)
+def _names_of(path: Path, changed: int, size: int) -> frozenset[str]:
+    """The file names in a packed file, as long as it is as it was."""
+    return frozenset(_packed(path.parent))
+
+
+def pack(folder: Path) -> None:
+    """Make lines of `records.jsonl` of all loose records. Whoever is killed on the way leaves them in both places."""
+    with lease(folder, "pack") as ours:
+        loose = _loose(folder) if ours else {}
+        if loose:
+            packed = _packed(folder)
+            lines = [json.dumps(record, allow_nan=False) for record in (packed | loose).values()]
+            write_atomically(folder / PACKED, "".join(f"{line}\n" for line in lines))
+            for name in loose:
+                (folder / FOLDER / name).unlink()
+
+
+def _loose(folder: Path) -> dict[str, dict[str, Any]]:
+    """The records that have a file of their own, by its name."""
+    found = {}
+    for path in sorted((folder / FOLDER).glob("*.json")):
         record = read_record(path)
-        _require_own(path, record["run"], config)
-        found.append(record)
+        name = name_of(record["run"])
+        if path.name != name:
+            raise ValueError(f"{path.name}: expected {name}, the name of the run that it records; move it elsewhere")
+        found[name] = record
     return found
+
+
+def _packed(folder: Path) -> dict[str, dict[str, Any]]:
+    """The records in `records.jsonl`, in its order."""
+    path = folder / PACKED
+    found: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), start=1):
+        record = _parse(line, f"{PACKED}, line {number}")
+        name = name_of(record["run"])
+        if name in found:
+            raise ValueError(f"{PACKED}, line {number}: expected every run once, got {name} twice")
+        found[name] = record
+    return found
+
+
+def name_of(run: Mapping[str, Any]) -> str:
+    """The file name of a run's settings."""
+    return file_name(run["rule"], run["optimizer"], run["learning_rate"], run["seed"])
+
+
+def _parse(text: str, place: str) -> dict[str, Any]:
+    """The record that a text is."""
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{place}: expected the record of a run, got no JSON ({error})") from error
+    if not isinstance(record, dict) or not {"run", "score", "curve"} <= record.keys():
+        raise ValueError(f"{place}: expected the record of a run, with run, score and curve")
+    named = record["run"] if isinstance(record["run"], dict) else {}
+    if missing := [name for name in _PARTS if name not in record] + [name for name in _RUN if name not in named]:
+        raise ValueError(f"{place}: expected the record of a run, got one without {', '.join(missing)}")
+    for name in ("score", "final", "area"):
+        if not isinstance(record[name], int | float) or not math.isfinite(record[name]):
+            raise ValueError(f"{place}: expected a finite {name}, got {record[name]}")
+    return record
 
 
 def read_configuration(folder: Path) -> dict[str, Any] | None:
@@ -93,8 +172,14 @@ def read_configuration(folder: Path) -> dict[str, Any] | None:
     return config
 
 
-def claim(folder: Path, config: Mapping[str, Any], extend: bool) -> None:
+def claim(folder: Path, config: Mapping[str, Any], extend: bool, growing: bool = False) -> None:
     """Make the folder this configuration's, or make sure that it is.
+
+    Args:
+        folder: of the experiment.
+        config: what it is about.
+        extend: allow more rules, step sizes and seeds than it had.
+        growing: allow more step sizes.
 
     Raises:
         ValueError: it is another's, or somebody else's altogether.
@@ -103,7 +188,8 @@ def claim(folder: Path, config: Mapping[str, Any], extend: bool) -> None:
     old = read_configuration(folder)
     if old is not None:
         different = sorted(name for name in old.keys() | config.keys() if old.get(name) != config.get(name))
-        if different and not (extend and _contains(config, old)):
+        allowed = extend or (growing and different == ["step_sizes"])
+        if different and not (allowed and _contains(config, old)):
             name = different[0]
             raise ValueError(
                 f"out: expected a folder with this configuration, got {folder.name} with another "
@@ -116,6 +202,21 @@ def claim(folder: Path, config: Mapping[str, Any], extend: bool) -> None:
     write_atomically(path, json.dumps(config, indent=2) + "\n")
 
 
+def require_same_code(folder: Path, source: str) -> None:
+    """Check that all records come from the code of this hash, see `provenance.source_hash`.
+
+    Raises:
+        ValueError: they do not; a comparison of rules would then be one of programs too.
+    """
+    for name, record in (_loose(folder) | _packed(folder)).items():
+        if (found := record["code"].get("source", "unknown")) != source:
+            raise ValueError(
+                f"{name}: expected a record of this code ({source}), got one of {found}, commit "
+                f"{record['code'].get('commit', 'unknown')}; choose another folder, check that commit out, or allow it "
+                "with --mixed-code"
+            )
+
+
 def _contains(config: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
     """Whether a configuration has all of an older one and differs only in having more."""
     varied = ("step_sizes", *SEEDS.values())
@@ -125,25 +226,31 @@ def _contains(config: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
     return more_sizes and all(set(old[name]) <= set(config[name]) for name in SEEDS.values())
 
 
-def _require_own(path: Path, run: Mapping[str, Any], config: Mapping[str, Any] | None) -> None:
-    """Check that a record has its own name and belongs to the experiment."""
-    name = file_name(run["rule"], run["learning_rate"], run["seed"])
-    if path.name != name:
-        raise ValueError(f"{path.name}: expected {name}, the name of the run that it records; move it elsewhere")
+def _require_own(name: str, run: Mapping[str, Any], config: Mapping[str, Any] | None) -> None:
+    """Check that a record belongs to the experiment."""
     for field, own in _own(run, config).items() if config is not None else ():
         value = run[field]
         if value not in own:
             allowed = ", ".join(map(str, own)) or "none"
             raise ValueError(
-                f"{path.name}: expected a run of this folder's experiment, with {field} {allowed}, got {value}; "
+                f"{name}: expected a run of this folder's experiment, with {field} {allowed}, got {value}; "
                 "move it elsewhere"
             )
 
 
 def _own(run: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, list[Any]]:
     """What each field of a run may be in an experiment with this configuration."""
-    shared = {field: [config.get(field)] for field in run if field not in VARIED}
-    step_sizes = config["step_sizes"]
+    shared = {field: [config.get(field)] for field in run if field not in (*VARIED, "optimizer")}
+    default = config.get("optimizer")
+    # Every rule and optimizer with its step sizes.
+    sizes = {split_label(text, default): values for text, values in config["step_sizes"].items()}
     seeds = config[SEEDS[run["phase"]]] if run["phase"] in SEEDS else []
-    varied = {"phase": list(SEEDS), "rule": list(step_sizes), "seed": seeds}
-    return shared | varied | {"learning_rate": step_sizes.get(run["rule"], [])}
+    varied = {"phase": list(SEEDS), "rule": sorted({rule for rule, _ in sizes}), "seed": seeds}
+    varied["optimizer"] = sorted({optimizer for rule, optimizer in sizes if rule == run["rule"]})
+    return shared | varied | {"learning_rate": sizes.get((run["rule"], run["optimizer"]), [])}
+
+
+def split_label(text: str, default: str | None) -> tuple[str, str]:
+    """Rule and optimizer of `"rule/optimizer"`, or of `"rule"` with the experiment's own."""
+    rule, _, optimizer = text.partition("/")
+    return rule, optimizer or str(default)

@@ -18,7 +18,7 @@ from isopo_mini.training.record_files import FOLDER as FOLDER
 from isopo_mini.training.record_files import read_record as read_record
 from isopo_mini.training.record_files import read_records
 from isopo_mini.training.record_files import write_record as write_record
-from isopo_mini.training.statistics import bootstrap_interval
+from isopo_mini.training.statistics import t_interval
 
 PHASES = ("choose", "report")
 # What is counted up to the first evaluation that reaches the target.
@@ -156,7 +156,7 @@ def summary(records: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame:
 
     Args:
         records: of `load_records`, of one folder or of several joined by `pandas.concat`.
-        confidence: of the bootstrap intervals over seeds.
+        confidence: of the t intervals over seeds.
 
     Returns:
         The columns of `best_learning_rates`, then, over the reporting seeds: `seeds`, how many; `diverged` and
@@ -209,7 +209,7 @@ def _reported(runs: pd.DataFrame, confidence: float) -> dict[str, Any]:
         row[name] = runs[name].mean()
         row[f"{name}_low"], row[f"{name}_high"] = math.nan, math.nan
         if len(runs) > 1:
-            interval = bootstrap_interval(runs[name].to_numpy(), confidence=confidence)
+            interval = t_interval(runs[name].to_numpy(), confidence=confidence)
             row[f"{name}_low"], row[f"{name}_high"] = interval.low.item(), interval.high.item()
     for name in COSTS[1:]:
         row[name] = runs[name].mean()

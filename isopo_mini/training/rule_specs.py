@@ -1,12 +1,14 @@
 """Update rules by name: `"ntk:damping=0.1,microbatch_size=32"` is a rule, and its text is its label in every table.
 
 A specification is a name of `RULES` and options: those of the rule's class, those of its loss for the clipped
-surrogates, and three of every rule or of most:
+surrogates, and four of every rule or of most:
 
 - `advantages=`: a name of the task's `advantages`. Without it a rule takes what its paper defines (GRPO and its
   relatives), and all others take the same, the task's.
 - `unit=`: what gets one advantage, `sequence`, `step` or `token`.
 - `reuse=K`: a one-step rule applied K times to the same batch, which is stale from the second time on.
+- `step=kl`: the step size is not the optimizer's learning rate but δ, in nats a position: see `kl_steps.KLTargeted`.
+  Not of TRPO, whose step size is such a δ anyway.
 """
 
 import inspect
@@ -19,12 +21,14 @@ import torch
 from isopo_mini import checks
 from isopo_mini.batch import Batch
 from isopo_mini.objectives.losses import LOSSES
+from isopo_mini.training.kl_steps import KLTargeted
 from isopo_mini.training.loop import UpdateRule
 from isopo_mini.training.old_policy_rules import ClippedSurrogate, TrustRegion
 from isopo_mini.training.rule_parts import Advantages
 from isopo_mini.training.update_rules import (
     ExactFisherIsopo,
     FisherNormalizedIsopo,
+    LayerScaledReinforce,
     LayerwiseIsopo,
     NaturalGradient,
     NtkIsopo,
@@ -58,6 +62,7 @@ def _surrogate(loss: str, advantages: str | None = None, by_step: bool = False) 
 
 RULES: dict[str, NamedRule] = {
     "reinforce": NamedRule(Reinforce, {}),
+    "layer_scaled": NamedRule(LayerScaledReinforce, {}),
     "fisher": NamedRule(FisherNormalizedIsopo, {}),
     "ntk": NamedRule(NtkIsopo, {}),
     "exact_fisher": NamedRule(ExactFisherIsopo, {}),
@@ -124,12 +129,14 @@ def options_of(name: str) -> list[str]:
     """The options that a rule of `RULES` takes."""
     named = RULES[name]
     taken = _keywords(named.make)
-    if named.make in (NtkIsopo, FisherNormalizedIsopo):
+    if named.make in (NtkIsopo, FisherNormalizedIsopo, LayerScaledReinforce):
         taken |= _keywords(LayerwiseIsopo)
     if named.make is ClippedSurrogate:
         taken |= _keywords(LOSSES[named.defaults["loss"]], only=True)
     elif named.step_size is None:
         taken |= {"reuse"}
+    if named.step_size is None:
+        taken |= {"step"}
     return sorted(taken - {"loss", "transform", named.step_size})
 
 
@@ -152,7 +159,7 @@ def make_rule(
         by_step: the same for rules whose unit is the time step; None for the same ones.
         unit: of the rules that have one and are not told otherwise.
         seed: of what the rule itself draws.
-        step_size: for the rules that do not leave it to the optimizer.
+        step_size: for the rules that do not leave it to the optimizer; with `step=kl`, δ.
 
     Raises:
         ValueError: the specification is not one, or the rule refuses the value of an option.
@@ -161,7 +168,8 @@ def make_rule(
     named = RULES[name]
     known = options_of(name)
     options = dict(named.defaults) | options
-    reuse = options.pop("reuse", 1)
+    reuse, step = options.pop("reuse", 1), options.pop("step", "rate")
+    checks.require_choice("step", step, ("rate", "kl"))
     if "unit" in known and named.advantages is None:
         options.setdefault("unit", unit)
     if "seed" in known:
@@ -172,7 +180,9 @@ def make_rule(
     chosen = options.pop("advantages", named.advantages or stepwise or default)
     checks.require_choice("advantages", chosen, tuple(advantages))
     rule = named.make(advantages=advantages[chosen], **options)
-    return Reuse(rule, reuse) if reuse != 1 else rule
+    if reuse != 1:
+        rule = Reuse(rule, reuse)
+    return KLTargeted(rule, step_size if step_size is not None else 0.01) if step == "kl" else rule
 
 
 def _keywords(function: Callable[..., Any], *, only: bool = False) -> set[str]:

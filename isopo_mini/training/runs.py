@@ -14,10 +14,11 @@ from isopo_mini.batch import Batch
 from isopo_mini.training import records, rule_specs
 from isopo_mini.training.loop import Task, train
 from isopo_mini.training.optimizers import OPTIMIZERS, make_optimizer
-from isopo_mini.training.provenance import provenance
+from isopo_mini.training.provenance import provenance, source_hash, weights_hash
 from isopo_mini.training.record_files import file_name
 from isopo_mini.training.setups import setup_of
 
+source_hash()  # of the code as it is now that it is imported: records are made with that
 # Columns of `train` that count from the start; the others are means since the evaluation before.
 _TOTALS = ("step", "samples", "actions", "backward_passes", "seconds")
 # No policy worth running has logits like these: what fails beyond them failed because it diverged.
@@ -34,7 +35,7 @@ class Run:
         learning_rate: the step size: of the optimizer, or for `trpo` the bound on the KL.
         seed: of the policy's first weights, of everything sampled, and of what the rule draws.
         phase: `"choose"` or `"report"`; see the module. It changes nothing in the run.
-        optimizer: `"sgd"`, `"adamw"` or `"muon"`.
+        optimizer: a name of `optimizers.OPTIMIZERS`.
         device: such as `"cpu"` or `"cuda"`.
         sequences: S in every batch; the task's when None, as the next two.
         steps: batches.
@@ -69,7 +70,7 @@ class Run:
     @property
     def file_name(self) -> str:
         """Of its record: see `record_files.file_name`."""
-        return file_name(self.rule, self.learning_rate, self.seed)
+        return file_name(self.rule, self.optimizer, self.learning_rate, self.seed)
 
 
 class _Watched:
@@ -99,9 +100,10 @@ def run(settings: Run) -> dict[str, Any]:
     record too: its return is the task's lowest from there on.
 
     Returns:
-        A dict that JSON can hold, numbers cut to five digits: `run`, the settings; `status`, "finished" or
-        "diverged", with `stopped`, why; `score`, `final`, `area`, `to_target`, see `records.scores`; `target`;
-        `curve`, see `records.curves`; `wall_seconds`, all included; `code`, `libraries`, `device`, `date`.
+        A dict that JSON can hold, numbers cut to five digits: `run`, the settings; `start`, of the first weights
+        (`provenance.weights_hash`); `status`, "finished" or "diverged", with `stopped`, why; `score`, `final`, `area`,
+        `to_target`, see `records.scores`; `target`; `curve`, see `records.curves`; `wall_seconds`, all included;
+        `code`, `libraries`, `device`, `date`.
     """
     started = time.perf_counter()
     setup, device = setup_of(settings.task), torch.device(settings.device)
@@ -111,6 +113,7 @@ def run(settings: Run) -> dict[str, Any]:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(settings.seed)
             task, policy = setup.make(device)
+            start = weights_hash(policy)
             curve, stopped = _learn(settings, _Watched(task), policy)
         machine = provenance(device)
     finally:
@@ -118,6 +121,7 @@ def run(settings: Run) -> dict[str, Any]:
     curve = records.rounded(curve)
     return {
         "run": asdict(settings),
+        "start": start,
         "status": "diverged" if stopped else "finished",
         "stopped": stopped,
         **records.rounded(records.scores(curve, None if stopped else setup.target)),

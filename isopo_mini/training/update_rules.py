@@ -25,7 +25,7 @@ from isopo_mini import checks
 from isopo_mini.batch import Batch
 from isopo_mini.geometry import fisher as fisher_matrices
 from isopo_mini.geometry import isopo, natural_gradient
-from isopo_mini.geometry.layerwise import NTK, FisherNormalized, Isopo, Transform
+from isopo_mini.geometry.layerwise import NTK, FisherNormalized, Isopo, LayerScaled, Transform
 from isopo_mini.training.old_policy_rules import ClippedSurrogate as ClippedSurrogate
 from isopo_mini.training.old_policy_rules import TrustRegion as TrustRegion
 from isopo_mini.training.repeatable import log_prob, repeatable
@@ -205,15 +205,30 @@ class LayerwiseIsopo:
 
 
 class NtkIsopo(LayerwiseIsopo):
-    """ISOPO, interacting: c = λ(K + λI)⁻¹A in every layer, with λ = ρ·tr K/S (moving average).
+    """ISOPO, interacting: c = λ(K + λI)⁻¹A in every layer, with λ = ρ·tr K/S (moving average); or that over λ.
 
     Args:
         damping: ρ.
+        scale: `"gradient"`, of the public code, which AdamW belongs to; or `"natural"`, the damped natural gradient
+            itself, which SGD belongs to. See `geometry.isopo.ntk_coefficients`.
         **options: see `LayerwiseIsopo`.
     """
 
-    def __init__(self, damping: float = 1.0, **options: Any) -> None:
-        super().__init__(NTK(damping), **options)
+    def __init__(self, damping: float = 1.0, scale: str = "gradient", **options: Any) -> None:
+        super().__init__(NTK(damping, scale), **options)
+
+
+class LayerScaledReinforce(LayerwiseIsopo):
+    """REINFORCE with every layer in its natural scale: c = A over tr K/S (moving average), one number a layer.
+
+    What remains of ISOPO when no sequence is treated otherwise than another; `geometry.transforms.LayerScaled`.
+
+    Args:
+        **options: see `LayerwiseIsopo`. No Gram matrix is made, so `gram` changes nothing.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(LayerScaled(), **options)
 
 
 class FisherNormalizedIsopo(LayerwiseIsopo):
@@ -224,6 +239,7 @@ class FisherNormalizedIsopo(LayerwiseIsopo):
         power: of the Fisher norm.
         strength: ρ of the regulariser.
         keep_small: which regulariser.
+        scale: of the layer, `"norm"` as published, `"gradient"` or `"natural"`; see there too.
         **options: see `LayerwiseIsopo`.
     """
 
@@ -233,10 +249,12 @@ class FisherNormalizedIsopo(LayerwiseIsopo):
         power: float = 1.0,
         strength: float = 0.0,
         keep_small: bool = False,
+        scale: str = "norm",
         **options: Any,
     ) -> None:
         super().__init__(
-            FisherNormalized(norm, overlap_power=power, strength=strength, keep_small=keep_small), **options
+            FisherNormalized(norm, overlap_power=power, strength=strength, keep_small=keep_small, scale=scale),
+            **options,
         )
 
 
