@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from isopo_mini.geometry import gram
+from isopo_mini.geometry.parameter_gradients import MatrixGradients
 
 sizes = st.integers(1, 5)
 
@@ -108,6 +109,58 @@ def test_half_precision_is_accumulated_in_single() -> None:
     left, right = torch.randn(3, 50, 8).bfloat16(), torch.randn(3, 50, 8).bfloat16()
     assert gram.dense(left, right).dtype == torch.float32
     assert gram.ghost(left, right).dtype == torch.float32
+
+
+class TestOwnProducts:
+    """The diagonal of a Gram matrix, without the rest of it."""
+
+    def factors(self, indexed: bool, positions: int) -> tuple[Tensor, Tensor]:
+        left = torch.randint(0, 4, (5, positions)) if indexed else draw(5, positions, 4)
+        return left, draw(5, positions, 3)
+
+    @pytest.mark.parametrize("one", [False, True])
+    @pytest.mark.parametrize("other", [False, True])
+    @pytest.mark.parametrize("positions", [(1, 1), (2, 2), (2, 6)])
+    def test_are_the_diagonal(self, one: bool, other: bool, positions: tuple[int, int]) -> None:
+        g, h = self.factors(one, positions[0]), self.factors(other, positions[1])
+        written_out = torch.einsum("soi,soi->s", gram.per_sequence_gradients(*g, 4), gram.per_sequence_gradients(*h, 4))
+        found = gram.own_products(*g, *h)
+        torch.testing.assert_close(found, written_out, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found, gram.ghost_between(*g, *h).diagonal(), rtol=1e-12, atol=1e-12)
+
+    @pytest.mark.parametrize("block", [1, 2 * 2 * 6, 4 * 2 * 6])
+    def test_are_the_same_in_small_blocks(self, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+        """One sequence a block, two, four; the five make a last block of one in each."""
+        g, h = self.factors(True, 2), self.factors(False, 6)
+        whole, sizes_seen, matmul = gram.own_products(*g, *h), [], torch.Tensor.__matmul__
+        monkeypatch.setattr(gram, "GHOST_BLOCK", block)
+
+        def counted(self: Tensor, other: Tensor) -> Tensor:
+            sizes_seen.append(len(self))
+            return matmul(self, other)
+
+        monkeypatch.setattr(torch.Tensor, "__matmul__", counted)
+        torch.testing.assert_close(gram.own_products(*g, *h), whole, rtol=1e-14, atol=1e-14)
+        assert sizes_seen == {1: [1] * 5, 24: [2, 2, 1], 48: [4, 1]}[block]
+
+    @pytest.mark.parametrize("indexed", [False, True])
+    def test_half_precision_is_accumulated_in_single(self, indexed: bool) -> None:
+        left = torch.randint(0, 4, (3, 50)) if indexed else torch.randn(3, 50, 8).bfloat16()
+        right = torch.randn(3, 50, 8).bfloat16()
+        for factors in ((left, right, left, right), (left, right, left.flip(1), right.flip(1))):
+            found = gram.own_products(*factors)
+            assert found.dtype == torch.float32
+            precise = [factor.double() if factor.is_floating_point() else factor for factor in factors]
+            torch.testing.assert_close(found.double(), gram.own_products(*precise), rtol=1e-5, atol=1e-4)
+
+    def test_norms_of_a_weight_that_is_used_several_times(self) -> None:
+        """As an embedding twice and as a head twice, of different lengths: G_s is the sum, and so has cross terms."""
+        weight = MatrixGradients(4, 3)
+        for indexed, positions in ((True, 2), (False, 3), (True, 1), (False, 2)):
+            weight.add_use(*self.factors(indexed, positions))
+        uses = zip(weight.lefts, weight.rights, strict=True)
+        total = torch.stack([gram.per_sequence_gradients(left, right, 4) for left, right in uses]).sum(dim=0)
+        torch.testing.assert_close(weight.squared_norms(), total.square().sum(dim=(1, 2)), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -128,6 +128,78 @@ def test_a_sequence_without_gradient_gets_coefficient_zero() -> None:
     assert coefficients.tolist() == [0.0, 2.5]
 
 
+class TestNaturalScale:
+    """c = (K + λI)⁻¹A."""
+
+    @pytest.mark.parametrize("damping", [1e-3, 0.3, 1e3])
+    @pytest.mark.parametrize(("sequences", "parameters"), [(1, 3), (6, 9), (6, 2)])  # the last K is singular
+    def test_is_the_dense_solve(self, sequences: int, parameters: int, damping: float) -> None:
+        scores, advantages = random_scores(sequences, parameters)
+        gram = scores @ scores.T
+        natural = isopo.ntk_coefficients(gram, advantages, damping, scale="natural")
+        identity = torch.eye(sequences, dtype=torch.float64)
+        torch.testing.assert_close(
+            natural, torch.linalg.solve(gram + damping * identity, advantages), rtol=1e-10, atol=1e-12
+        )
+        in_scale_of_gradient = isopo.ntk_coefficients(gram, advantages, damping, scale="gradient")
+        torch.testing.assert_close(natural, in_scale_of_gradient / damping, rtol=1e-14, atol=0.0)
+        assert torch.equal(isopo.ntk_coefficients(gram, advantages, damping), in_scale_of_gradient)  # the default
+
+    @settings(max_examples=25, deadline=None)
+    @given(damping=st.floats(1e-3, 1e3), factor=st.floats(1e-2, 1e2), seed=st.integers(0, 99))
+    def test_step_in_function_space_does_not_depend_on_the_units_of_the_layer(
+        self, damping: float, factor: float, seed: int
+    ) -> None:
+        """W = aV: scores a·S, K and λ a² as large, and a times the step of V is the step of W."""
+        scores, advantages = random_scores(seed=seed)
+
+        def step(factor: float, scale: str) -> Tensor:
+            scaled = factor * scores
+            coefficients = isopo.ntk_coefficients(scaled @ scaled.T, advantages, factor**2 * damping, scale)
+            return factor * scaled.T @ coefficients
+
+        torch.testing.assert_close(step(factor, "natural"), step(1.0, "natural"), rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(step(factor, "gradient"), factor**2 * step(1.0, "gradient"), rtol=1e-9, atol=1e-10)
+
+    def test_small_damping_is_the_undamped_natural_gradient(self) -> None:
+        """Of a K that can be inverted, down to a λ that its solver by eigenvalues takes over."""
+        scores, advantages = random_scores()
+        gram = scores @ scores.T
+        expected = torch.linalg.solve(gram, advantages)
+        for damping in (1e-9, 1e-14):
+            found = isopo.ntk_coefficients(gram, advantages, damping, scale="natural")
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+    def test_singular_gram_matrix(self) -> None:
+        """Copies of one sequence: A in the range of K is divided by m‖g‖² + λ, A in its null space by λ."""
+        gram = torch.full((4, 4), 3.0, dtype=torch.float64)
+        alike, against = torch.ones(4).double(), torch.tensor([1.0, -1.0, 0.0, 0.0]).double()
+        for damping in (0.5, 1e-13):
+            found = isopo.ntk_coefficients(gram, alike, damping, scale="natural")
+            torch.testing.assert_close(found.mean().item(), 1 / (12 + damping), rtol=1e-12, atol=0.0)
+            # What rounding puts into the null space is divided by λ too, and Σ_s c_s g_s does not see it.
+            assert (found - found.mean()).abs().max() < 1e-15 / damping
+            found = isopo.ntk_coefficients(gram, against, damping, scale="natural")
+            torch.testing.assert_close(found, against / damping, rtol=1e-12, atol=1e-14 / damping)
+
+    def test_without_gradient(self) -> None:
+        """K = 0 with a λ > 0 is A/λ; the engine's λ = ρ·tr K/S = 0 stands for no step at all."""
+        zero, advantages = torch.zeros(3, 3), torch.tensor([1.0, -2.0, 0.5])
+        assert torch.equal(isopo.ntk_coefficients(zero, advantages, 0.25, scale="natural"), 4 * advantages)
+        assert torch.equal(isopo.over_scale(advantages, torch.tensor(0.0)), torch.zeros(3))
+        for scale in (torch.tensor(0.5), torch.tensor(0.5, dtype=torch.float64)):
+            halved = isopo.over_scale(advantages, scale)
+            assert torch.equal(halved, 2 * advantages)
+            assert halved.dtype == torch.float32
+
+    @pytest.mark.usefixtures("unchecked")
+    def test_errors(self) -> None:
+        with pytest.raises(ValueError, match=r"^scale: expected one of gradient, natural, got 'fisher'$"):
+            isopo.ntk_coefficients(torch.eye(3), torch.ones(3), 1.0, scale="fisher")
+        with pytest.raises(ValueError, match=r"^c/λ: expected numbers that fit float32, got inf at index \(1,\)$"):
+            isopo.ntk_coefficients(torch.zeros(2, 2), torch.tensor([0.0, 1.0]), 1e-39, scale="natural")
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_errors_say_what_was_expected_and_what_came() -> None:
     gram, advantages = torch.eye(3), torch.ones(3)

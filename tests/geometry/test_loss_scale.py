@@ -8,7 +8,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.amp import GradScaler
 
-from isopo_mini.geometry.layerwise import NTK, FisherNormalized, Isopo
+from isopo_mini.geometry.layerwise import NTK, FisherNormalized, Isopo, LayerScaled
 from isopo_mini.precision import at_least_float32
 
 S, T = 5, 3
@@ -18,6 +18,10 @@ TRANSFORMS = {
     "Fisher, tokens": FisherNormalized("token"),
     "Fisher, tokens unscaled": FisherNormalized("token-unscaled"),
     "Fisher, three powers": FisherNormalized(gradient_power=0.5, ratio_power=0.3, strength=0.1),
+    "NTK, natural": NTK(0.3, "natural"),
+    "layer scaled": LayerScaled(),
+    "Fisher, in the scale of the gradient": FisherNormalized(scale="gradient"),
+    "Fisher, natural": FisherNormalized(scale="natural", strength=0.1),
 }
 EVERY_TRANSFORM = pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
 
