@@ -48,12 +48,12 @@ class KLTargeted:
     def step(self, policy: Any, batch: Batch, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """Use the batch as the rule does. The metric `step_size` is η, the mean over the optimizer's steps."""
         scaled = _ScaledSteps(optimizer, policy, batch, self.kl)
-        metrics = self.rule.step(policy, batch, scaled)  # type: ignore[arg-type]
+        metrics = self.rule.step(policy, batch, scaled)
         return metrics | {"step_size": sum(scaled.step_sizes) / max(1, len(scaled.step_sizes))}
 
 
-class _ScaledSteps:
-    """What a rule sees of an optimizer whose steps are scaled."""
+class _ScaledSteps(torch.optim.Optimizer):
+    """What a rule is given in place of the optimizer, with the same parameter groups: its steps, scaled."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, policy: Any, batch: Batch, kl: float) -> None:
         self.optimizer = optimizer
@@ -61,34 +61,32 @@ class _ScaledSteps:
         self.batch = batch
         self.kl = kl
         self.step_sizes: list[float] = []
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's."""
-        return self.optimizer.param_groups
-
-    def zero_grad(self) -> None:
-        """The optimizer's."""
-        self.optimizer.zero_grad()
+        super().__init__(optimizer.param_groups, {})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Step in the optimizer's direction, as far as δ allows. A step that changes nothing is left as it is."""
         trainable = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
-        before = [parameter.clone() for parameter in trainable]
-        with _learning_rate_of_one(self.optimizer):
-            # From 0, where the step keeps all its digits: nothing that an optimizer does here depends on the place.
-            for parameter in trainable:
-                parameter.zero_()
-            self.optimizer.step()
-        direction = torch.cat([parameter.flatten() for parameter in trainable])
-        for parameter, start in zip(trainable, before, strict=True):
-            parameter.copy_(start)
+        direction = self._direction(trainable)
         size = self._step_size(direction)
         pieces = direction.split([parameter.numel() for parameter in trainable])
         for parameter, piece in zip(trainable, pieces, strict=True):
             parameter.add_(piece.view_as(parameter), alpha=size)
         self.step_sizes.append(size)
+
+    def _direction(self, trainable: list[Tensor]) -> Tensor:
+        """What the optimizer would add to the parameters with a learning rate of one. They stay where they are."""
+        before = [parameter.clone() for parameter in trainable]
+        with _learning_rate_of_one(self.optimizer):
+            try:
+                # From 0, where the step keeps all its digits: nothing that an optimizer does here depends on the place.
+                for parameter in trainable:
+                    parameter.zero_()
+                self.optimizer.step()
+                return torch.cat([parameter.flatten() for parameter in trainable])
+            finally:
+                for parameter, start in zip(trainable, before, strict=True):
+                    parameter.copy_(start)
 
     def _step_size(self, direction: Tensor) -> float:
         """η with ½ η² dᵀF d = δ; 0 where d does not move the policy."""
