@@ -52,6 +52,23 @@ def test_sgd_is_plain() -> None:
         torch.testing.assert_close(parameter, old - 0.2 * parameter.grad, rtol=0, atol=3e-7)
 
 
+def test_momentum_by_hand_over_three_steps() -> None:
+    """m₁ = g₁; m₂ = .9m₁ + g₂; m₃ = .9m₂ + g₃; and θ loses η(m₁ + m₂ + m₃). Neither dampened nor Nesterov's."""
+    policy = MLP(4, 2).double()
+    start = [parameter.detach().clone() for parameter in policy.parameters()]
+    optimizer = make_optimizer("momentum", policy, 0.1)
+    gradients = []
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in policy.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        gradients.append([parameter.grad for parameter in policy.parameters()])
+        optimizer.step()
+    for old, parameter, first, second, third in zip(start, policy.parameters(), *gradients, strict=True):
+        moved = (1 + 0.9 + 0.81) * first + (1 + 0.9) * second + third
+        torch.testing.assert_close(parameter, old - 0.1 * moved, rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_without_a_gradient_nothing_moves(name: str) -> None:
     """Weight decay would move every weight here."""
@@ -118,7 +135,7 @@ class TestTogether:
 
 @pytest.mark.usefixtures("unchecked")
 def test_errors() -> None:
-    with pytest.raises(ValueError, match=r"optimizer: .*adamw.*muon.*'adam'"):
+    with pytest.raises(ValueError, match=r"^optimizer: expected one of sgd, momentum, adamw, muon, got 'adam'$"):
         make_optimizer("adam", MLP(4, 2), 0.1)
     with pytest.raises(ValueError, match="learning_rate"):
         make_optimizer("sgd", MLP(4, 2), 0.0)

@@ -9,6 +9,7 @@ from isopo_mini.batch import Batch
 from isopo_mini.policies import MLP
 from isopo_mini.tasks import ContextualBandit
 from isopo_mini.training import rule_specs
+from isopo_mini.training.kl_steps import KLTargeted
 from isopo_mini.training.old_policy_rules import ClippedSurrogate, TrustRegion
 from isopo_mini.training.rule_specs import RULES, Reuse, make_rule, options_of, parse
 from isopo_mini.training.setups import ADVANTAGES
@@ -24,6 +25,11 @@ SPECS = [
     "ppo:epochs=2,minibatches=2,dual_clip=3",
     "cispo:dialect=trl,clip_high=5",
     "gspo:aggregate=token-mean",
+    "ntk:scale=natural",
+    "fisher:scale=natural,norm=token",
+    "layer_scaled:microbatch_size=16",
+    "ntk:scale=natural,step=kl",
+    "ppo:step=kl",
 ]
 
 
@@ -69,6 +75,9 @@ class TestParse:
             ("grpo:dialect=trl", "of advantages, aggregate, clip_high.*got 'dialect=trl'"),
             ("grpo:reuse=2", "got 'reuse=2'"),  # epochs is its word for that
             ("trpo:max_kl=0.1", "got 'max_kl=0.1'"),  # that is its step size
+            ("trpo:step=kl", "got 'step=kl'"),  # which is a KL anyway
+            ("reinforce:scale=natural", "got 'scale=natural'"),
+            ("layer_scaled:damping=1", "of advantages, gram, layers, .*got 'damping=1'"),
             ("ppo:loss=grpo", "got 'loss=grpo'"),
         ],
     )
@@ -81,6 +90,12 @@ class TestParse:
             move(build("ntk:gram=sparse"))
         with pytest.raises(ValueError, match="reuse: expected a finite number >= 1, got 0"):
             build("ntk:reuse=0")
+        with pytest.raises(ValueError, match="step: expected one of rate, kl, got 'nats'"):
+            build("ntk:step=nats")
+        with pytest.raises(ValueError, match="kl: expected a finite number > 0, got 0"):
+            build("ntk:step=kl", step_size=0)
+        with pytest.raises(ValueError, match="scale: expected one of gradient, natural, got 'norm'"):
+            build("ntk:scale=norm")
         with pytest.raises(ValueError, match="advantages: expected one of batch, centred, leave_one_out, std, got 'x'"):
             build("ntk:advantages=x")
 
@@ -104,7 +119,7 @@ def test_every_rule_improves_a_bandit_in_one_step(spec: str) -> None:
 def test_every_option_it_lists_is_one_it_takes(name: str) -> None:
     """An option that is listed and then refused would be found out by the run only, after an hour."""
     for option in options_of(name):
-        if option not in ("advantages", "unit", "reuse"):
+        if option not in ("advantages", "unit", "reuse", "step"):
             value = RULES[name].defaults.get(option, _default_of(name, option))
             build(f"{name}:{option}={value}", step_size=0.01)
 
@@ -164,6 +179,37 @@ class TestDefaults:
         rule = build("ntk:damping=0.25,microbatch_size=16,gram=sketched,sketch_size=8")
         assert isinstance(rule, NtkIsopo)
         assert (rule.transform.damping, rule.microbatch_size, rule.gram, rule.sketch_size) == (0.25, 16, "sketched", 8)
+
+
+class TestStep:
+    """`step=kl`: the step size is δ."""
+
+    def test_the_step_size_is_the_target(self) -> None:
+        rule = build("ntk:scale=natural,step=kl", step_size=0.003)
+        assert isinstance(rule, KLTargeted)
+        assert rule.kl == 0.003
+        assert isinstance(rule.rule, NtkIsopo)
+        assert rule.rule.transform.scale == "natural"
+        moved, metrics = move(rule)
+        expected, expected_metrics = move(KLTargeted(NtkIsopo(scale="natural"), 0.003))
+        assert torch.equal(moved, expected)
+        assert metrics == expected_metrics
+
+    def test_without_it_the_step_size_is_the_optimizers(self) -> None:
+        for spec in ("ntk:scale=natural", "ntk:scale=natural,step=rate"):
+            assert isinstance(build(spec, step_size=0.003), NtkIsopo)
+        assert torch.equal(move(build("reinforce:step=rate", step_size=7.0))[0], move(build("reinforce"))[0])
+
+    def test_each_step_of_a_reused_batch_has_the_target(self) -> None:
+        rule = build("reinforce:step=kl,reuse=2", step_size=0.003)
+        assert isinstance(rule, KLTargeted)
+        assert isinstance(rule.rule, Reuse)
+        moved, metrics = move(rule)
+        assert torch.equal(moved, move(KLTargeted(Reuse(Reinforce(), 2), 0.003))[0])
+        assert metrics["backward_passes"] == 2
+
+    def test_every_rule_but_trpo_has_it(self) -> None:
+        assert [name for name in RULES if "step" not in options_of(name)] == ["trpo"]
 
 
 class TestReuse:

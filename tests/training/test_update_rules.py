@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from isopo_mini.batch import Batch
-from isopo_mini.geometry import fisher, isopo
+from isopo_mini.geometry import fisher, isopo, natural_gradient
 from isopo_mini.policies import MLP, CausalTransformer, TabularSoftmax
 from isopo_mini.tasks.bandit import ContextualBandit
 from isopo_mini.training import diagnostics
@@ -19,6 +19,7 @@ from isopo_mini.training.update_rules import (
     ClippedSurrogate,
     ExactFisherIsopo,
     FisherNormalizedIsopo,
+    LayerScaledReinforce,
     NaturalGradient,
     NtkIsopo,
     Reinforce,
@@ -42,6 +43,11 @@ RULES: dict[str, Callable[[], Any]] = {
     "ISOPO (Fisher)": FisherNormalizedIsopo,
     "ISOPO (Fisher), tokens": lambda: FisherNormalizedIsopo("token"),
     "ISOPO (Fisher), exact": ExactFisherIsopo,
+    "ISOPO (NTK), natural": lambda: NtkIsopo(scale="natural"),
+    "ISOPO (Fisher), in the scale of the gradient": lambda: FisherNormalizedIsopo(scale="gradient"),
+    "ISOPO (Fisher), natural": lambda: FisherNormalizedIsopo(scale="natural"),
+    "layer scaled": LayerScaledReinforce,
+    "layer scaled, microbatches": lambda: LayerScaledReinforce(microbatch_size=5),
     "PPO": ClippedSurrogate,
     "PPO, epochs and minibatches": lambda: ClippedSurrogate("ppo", epochs=2, minibatches=3),
     "GRPO": lambda: ClippedSurrogate("grpo", epochs=4),
@@ -197,6 +203,39 @@ def test_ntk_on_all_layers_together_is_the_damped_natural_gradient() -> None:
     torch.testing.assert_close(ntk, damping / len(batch) * natural, rtol=1e-9, atol=1e-12)
 
 
+def test_ntk_in_the_natural_scale_on_all_layers_together_is_the_damped_natural_gradient() -> None:
+    """Itself, with λ = ρ·tr K/S² of the mean over sequences, and not λ times it."""
+    policy = make_policy()
+    batch = make_batch(policy)
+    found = direction(NtkIsopo(0.5, "natural", layers="together"), policy, batch)
+    scores = fisher.score_matrix(make_policy(), batch.observations, batch.actions, batch.mask)
+    damping = 0.5 * scores.square().sum().item() / 16**2
+    expected = natural_gradient.solve(scores.T @ scores / 16, scores.T @ batch_advantages(batch) / 16, damping) / 16
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_layer_scaled_is_ntk_with_large_damping_times_the_damping() -> None:
+    batch, ntk, layer_scaled = make_batch(make_policy()), make_policy(), make_policy()
+    direction(NtkIsopo(1e9, "natural"), ntk, batch)
+    direction(LayerScaledReinforce(), layer_scaled, batch)
+    found, expected = diagnostics.flat_gradient(ntk), diagnostics.flat_gradient(layer_scaled)
+    assert (1e9 * found - expected).norm() < 1e-7 * expected.norm()  # (K/λ + I)⁻¹ is I up to S/ρ
+
+
+def test_layer_scaled_is_reinforce_with_one_factor_a_layer() -> None:
+    batch, policy, reinforce = make_batch(make_policy()), make_policy(), make_policy()
+    direction(LayerScaledReinforce(), policy, batch)
+    direction(Reinforce(), reinforce, batch)
+    factors = []
+    for scaled, plain in zip(policy.parameters(), reinforce.parameters(), strict=True):
+        ratios = scaled.grad / plain.grad
+        factors.append(ratios.mean().item())
+        torch.testing.assert_close(ratios, torch.full_like(ratios, factors[-1]), rtol=1e-9, atol=0)
+    assert factors[0] == pytest.approx(factors[1], rel=1e-9), "a weight and its bias are one layer"
+    assert factors[2] == pytest.approx(factors[3], rel=1e-9)
+    assert abs(factors[0] / factors[2] - 1) > 0.1
+
+
 def test_ntk_with_large_damping_is_reinforce() -> None:
     batch = make_batch(make_policy())
     reinforce = direction(Reinforce(), make_policy(), batch)
@@ -272,6 +311,10 @@ def test_errors_say_what_was_expected_and_what_came() -> None:
         NtkIsopo(damping=0.0)
     with pytest.raises(ValueError, match=r"norm: expected one of sequence, token, token-unscaled, got 'exact'"):
         FisherNormalizedIsopo(norm="exact")
+    with pytest.raises(ValueError, match=r"scale: expected one of norm, gradient, natural, got 'layer'"):
+        FisherNormalizedIsopo(scale="layer")
+    with pytest.raises(ValueError, match=r"scale: expected one of gradient, natural, got 'norm'"):
+        NtkIsopo(scale="norm")
     policy = make_policy()
     batch = make_batch(policy)
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
