@@ -24,12 +24,14 @@ MODULES = sorted(
 # What other modules are made of: of use to whoever changes them, not to whoever calls them.
 INTERNAL = {
     "isopo_mini.checks",
+    "isopo_mini.geometry.fisher_products",
     "isopo_mini.geometry.functional",
     "isopo_mini.geometry.handlers",
     "isopo_mini.geometry.in_place",
     "isopo_mini.geometry.layer_functions",
     "isopo_mini.geometry.loss_scale",
     "isopo_mini.geometry.places",
+    "isopo_mini.geometry.positions",
     "isopo_mini.geometry.sequence_axis",
     "isopo_mini.geometry.stand_in",
     "isopo_mini.geometry.layer_gradients",
@@ -41,6 +43,7 @@ INTERNAL = {
     "isopo_mini.precision",
     "isopo_mini.tasks.bandit_instances",
     "isopo_mini.tasks.lyapunov",
+    "isopo_mini.training.leases",
     "isopo_mini.training.record_files",
     "isopo_mini.writing",
 }
