@@ -152,6 +152,7 @@ class _Here(Executor):
     """Runs what it is given at once, in this process."""
 
     def submit(self, function: Any, /, *arguments: Any, **options: Any) -> Future:
+        """A future that has its result, or its error, already."""
         future: Future = Future()
         try:
             future.set_result(function(*arguments, **options))

@@ -245,8 +245,8 @@ def _own(run: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, list[An
     # Every rule and optimizer with its step sizes.
     sizes = {split_label(text, default): values for text, values in config["step_sizes"].items()}
     seeds = config[SEEDS[run["phase"]]] if run["phase"] in SEEDS else []
-    varied = {"phase": list(SEEDS), "rule": sorted({rule for rule, _ in sizes}), "seed": seeds}
-    varied["optimizer"] = sorted({optimizer for rule, optimizer in sizes if rule == run["rule"]})
+    varied = {"phase": list(SEEDS), "rule": list(dict.fromkeys(rule for rule, _ in sizes)), "seed": seeds}
+    varied["optimizer"] = [optimizer for rule, optimizer in sizes if rule == run["rule"]]
     return shared | varied | {"learning_rate": sizes.get((run["rule"], run["optimizer"]), [])}
 
 

@@ -1,7 +1,7 @@
 """Which step sizes to try next: one search for every rule and optimizer, so that none is better tuned than another.
 
 A search starts from a few step sizes that lie far apart. Then the double and the half of the best one are tried, and
-so on, until both of them are known to be worse. A best one at the edge of what was tried cannot end it.
+so on, until both of them are known not to be better. A best one at the edge of what was tried cannot end it.
 """
 
 import math

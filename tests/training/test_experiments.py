@@ -13,8 +13,9 @@ import pandas as pd
 import pytest
 import torch
 
-from isopo_mini.training import experiments, records
+from isopo_mini.training import experiments, pool, records
 from isopo_mini.training.experiments import compare, grid, main, parse_rules, run_all
+from isopo_mini.training.record_files import name_of, read_records
 from isopo_mini.training.runs import Run
 
 STEP_SIZES = {"reinforce": [0.01, 0.1], "ntk:damping=0.1": [0.01, 0.1]}
@@ -32,11 +33,10 @@ def small(folder: Path, **changes: Any) -> pd.DataFrame:
 def kept(folder: Path) -> dict[str, Any]:
     """Every record by file name, without what a clock said."""
     found = {}
-    for path in (folder / "records").iterdir():
-        record = records.read_record(path)
+    for record in read_records(folder):
         record["curve"].pop("seconds")
         (record["to_target"] or {}).pop("seconds", None)
-        found[path.name] = {name: record[name] for name in record if name not in CLOCKS}
+        found[name_of(record["run"])] = {name: record[name] for name in record if name not in CLOCKS}
     return found
 
 
@@ -57,8 +57,8 @@ class TestOrder:
 
     def test_a_run_knows_nothing_of_the_others(self, tmp_path: Path) -> None:
         small(tmp_path)
-        alone = experiments.run(Run("bandit", "ntk:damping=0.1", 0.1, 1, **NUMBERS))
-        assert kept(tmp_path)["ntk_damping=0.1__0.1__1.json"]["curve"]["return"] == alone["curve"]["return"]
+        alone = pool.run(Run("bandit", "ntk:damping=0.1", 0.1, 1, **NUMBERS))
+        assert kept(tmp_path)["ntk_damping=0.1__adamw__0.1__1.json"]["curve"]["return"] == alone["curve"]["return"]
 
 
 class TestFolder:
@@ -83,13 +83,17 @@ class TestFolder:
 
     def test_is_continued_and_nothing_runs_twice(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         first = small(tmp_path)
-        lost = tmp_path / "records" / "ntk_damping=0.1__0.1__1.json"
-        lost.unlink()
+        lost = "ntk_damping=0.1__adamw__0.1__1.json"
+        packed = tmp_path / "records.jsonl"
+        lines = packed.read_text().splitlines(keepends=True)
+        packed.write_text("".join(line for line in lines if name_of(json.loads(line)["run"]) != lost))
         ran = []
-        actual = experiments.run
-        monkeypatch.setattr(experiments, "run", lambda one: ran.append(one.file_name) or actual(one))
+        actual = pool.run
+        monkeypatch.setattr(pool, "run", lambda one: ran.append(one.file_name) or actual(one))
         assert_same(small(tmp_path), first)
-        assert ran == [lost.name]
+        assert ran == [lost]
+        kept_lines = [line for line in lines if name_of(json.loads(line)["run"]) != lost]
+        assert packed.read_text().splitlines(keepends=True)[:-1] == kept_lines, "a line is added, none is changed"
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -127,10 +131,9 @@ class TestFolder:
     def test_a_record_from_elsewhere_is_named(self, tmp_path: Path) -> None:
         """It would have a say in which step size is best."""
         small(tmp_path)
-        own = tmp_path / "records" / "reinforce__0.1__0.json"
-        record = json.loads(own.read_text())
-        record["run"]["learning_rate"] = 0.2
-        stray = own.with_name("reinforce__0.2__0.json")
+        record = read_records(tmp_path)[-1]
+        record["run"] |= {"rule": "reinforce", "learning_rate": 0.2, "seed": 0, "phase": "choose"}
+        stray = tmp_path / "records" / "reinforce__adamw__0.2__0.json"
         stray.write_text(json.dumps(record))
         with pytest.raises(ValueError, match=rf"{stray.name}: expected a run of this folder's experiment, .* got 0\.2"):
             small(tmp_path)
@@ -159,7 +162,9 @@ class TestFolder:
         """Someone copied a record from elsewhere."""
         (tmp_path / "records").mkdir()
         run_all([Run("bandit", "reinforce", 0.1, 0, **NUMBERS)], tmp_path)
-        with pytest.raises(ValueError, match=r"reinforce__0\.1__0\.json: expected the record of .*'steps': 5.*, got"):
+        with pytest.raises(
+            ValueError, match=r"reinforce__adamw__0\.1__0\.json: expected the record of .*'steps': 5.*, got"
+        ):
             run_all([Run("bandit", "reinforce", 0.1, 0, **(NUMBERS | {"steps": 5}))], tmp_path)
 
 
@@ -200,12 +205,14 @@ def test_killed_in_the_middle_and_started_again_it_gives_the_same_table(tmp_path
     while any(is_alive(worker) for worker in workers):  # they notice that their parent is gone
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    left = {path: path.stat().st_mtime_ns for path in (folder / "records").glob("*.json")}
+    left = {path.name: records.read_record(path) for path in (folder / "records").glob("*.json")}
     assert 2 <= len(left) < 10
     assert not (folder / "summary.csv").exists()
     main([*arguments(folder), "--processes", "1"])
     main([*arguments(tmp_path / "whole"), "--processes", "1"])
-    assert all(path.stat().st_mtime_ns == written for path, written in left.items())
+    after = {name_of(record["run"]): record for record in read_records(folder)}
+    assert all(after[name] == record for name, record in left.items()), "made once, clocks and all"
+    assert [path.name for path in folder.rglob("*.json") if path.parent != folder] == [], "all in one file"
     assert kept(folder) == kept(tmp_path / "whole")
     assert_same(pd.read_csv(folder / "summary.csv"), pd.read_csv(tmp_path / "whole" / "summary.csv"))
 
@@ -220,23 +227,27 @@ class TestFailures:
     def test_a_run_with_an_error_does_not_stop_the_others(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        actual = experiments.run
+        actual = pool.run
 
         def fails_once(one: Run) -> dict[str, Any]:
             if one.rule == "reinforce" and one.seed == 0:
                 raise ValueError("a mistake")
             return actual(one)
 
-        monkeypatch.setattr(experiments, "run", fails_once)
-        with pytest.raises(RuntimeError, match=r"2 of 8 runs failed, first reinforce__0\.01__0\.json: a mistake"):
+        monkeypatch.setattr(pool, "run", fails_once)
+        with pytest.raises(
+            RuntimeError, match=r"2 of 8 runs failed, first reinforce__adamw__0\.01__0\.json: a mistake"
+        ):
             small(tmp_path)
         assert len(kept(tmp_path)) == 6
-        monkeypatch.setattr(experiments, "run", actual)
+        monkeypatch.setattr(pool, "run", actual)
         assert len(small(tmp_path)) == 2
 
     def test_an_error_in_another_process_is_reported_alike(self, tmp_path: Path) -> None:
         """The Fisher-vector products of `npg` want max_iterations ≥ 1; only the run finds out."""
-        with pytest.raises(RuntimeError, match=r"1 of 2 runs failed, first npg_max_iterations=0__0\.1__0\.json: "):
+        with pytest.raises(
+            RuntimeError, match=r"1 of 2 runs failed, first npg_max_iterations=0__adamw__0\.1__0\.json: "
+        ):
             run_all(
                 [
                     Run("bandit", "npg:max_iterations=0", 0.1, 0, **NUMBERS),
@@ -245,7 +256,7 @@ class TestFailures:
                 tmp_path,
                 processes=2,
             )
-        assert list(kept(tmp_path)) == ["reinforce__0.1__0.json"]
+        assert list(kept(tmp_path)) == ["reinforce__adamw__0.1__0.json"]
 
 
 SCRIPT = """
@@ -277,13 +288,11 @@ class TestCommandLine:
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # With exact returns that grow with the step size, the largest is best.
-        monkeypatch.setattr(
-            experiments, "run", lambda one, actual=experiments.run: actual(one) | {"score": one.learning_rate}
-        )
+        monkeypatch.setattr(pool, "run", lambda one, actual=pool.run: actual(one) | {"score": one.learning_rate})
         main(f"bandit --rules reinforce --learning-rates 0.1 0.01 --steps 2 --processes 1 --out {tmp_path}".split())
         lines = capsys.readouterr().out.splitlines()
-        assert lines[0].split()[:4] == ["rule", "learning_rate", "at_edge", "choose_score"]
-        assert lines[1].split()[:4] == ["reinforce", "0.1", "highest", "0.1"]
+        assert lines[0].split()[:5] == ["rule", "optimizer", "learning_rate", "at_edge", "choose_score"]
+        assert lines[1].split()[:5] == ["reinforce", "adamw", "0.1", "highest", "0.1"]
         assert lines[2].startswith("at_edge: the best step size is the end of its grid")
 
     @pytest.mark.parametrize(
@@ -295,7 +304,10 @@ class TestCommandLine:
             ("bandit --rules ntk", "rules: expected step sizes for ntk"),
             ("bandit --rules ntk@a,b", "rules: expected numbers after the @ of ntk, got 'a,b'"),
             ("bandit --rules ntk ntk@1 --learning-rates 0.1", "rules: expected every rule once, got ntk twice"),
-            ("bandit --rules ntk@0.1,0.1", "grid: expected every rule, step size and seed once, got ntk__0.1__0.json"),
+            (
+                "bandit --rules ntk@0.1,0.1",
+                "grid: expected every rule, step size and seed once, got ntk__adamw__0.1__0.json",
+            ),
             ("bandit --rules ntk@-1", "learning_rate: expected a finite number > 0, got -1"),
             ("bandit --rules ntk@1 --report-seeds 2 3", r"report_seeds: expected none of the seeds .*, got \[2\]"),
             ("bandit --rules ntk@1 --processes 0", "processes: expected a finite number >= 1, got 0"),
@@ -314,7 +326,7 @@ class TestCommandLine:
             assert text in shown
 
     def test_rules_with_step_sizes_of_their_own(self) -> None:
-        assert parse_rules(["ntk", "trpo@1e-3,0.01"], [0.1, 0.2]) == {"ntk": [0.1, 0.2], "trpo": [0.001, 0.01]}
+        assert parse_rules(["ntk", "trpo@1e-3,0.01"], [0.1, 0.2])[0] == {"ntk": [0.1, 0.2], "trpo": [0.001, 0.01]}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -11,7 +11,7 @@ import pytest
 
 from isopo_mini.training import records
 from isopo_mini.training.record_files import file_name
-from isopo_mini.training.statistics import bootstrap_interval
+from isopo_mini.training.statistics import t_interval
 
 
 def record(
@@ -29,6 +29,7 @@ def record(
         "target": 0.9,
         "to_target": None,
         "wall_seconds": 1.0,
+        "code": {"source": "0123456789ab"},
         "curve": curve,
     }
     return made | changes
@@ -100,8 +101,8 @@ class TestSummary:
         for confidence in (0.95, 0.5):
             row = records.summary(table, confidence=confidence).iloc[0]
             found = (row["score_low"], row["score"], row["score_high"])
-            assert found == pytest.approx(bootstrap_interval(scores, confidence=confidence), rel=1e-12)
-            halves = bootstrap_interval([score / 2 for score in scores], confidence=confidence)
+            assert found == pytest.approx(t_interval(scores, confidence=confidence), rel=1e-12)
+            halves = t_interval([score / 2 for score in scores], confidence=confidence)
             assert (row["area_low"], row["area"], row["area_high"]) == pytest.approx(halves, rel=1e-12)
 
     @pytest.mark.parametrize(
@@ -199,7 +200,7 @@ def test_curves_have_one_row_an_evaluation() -> None:
 def write(folder: Path, one: dict[str, Any]) -> Path:
     """Put a record where it belongs."""
     run = one["run"]
-    path = folder / "records" / file_name(run["rule"], run["learning_rate"], run["seed"])
+    path = folder / "records" / file_name(run["rule"], run["optimizer"], run["learning_rate"], run["seed"])
     path.parent.mkdir(exist_ok=True)
     records.write_record(path, one)
     return path
@@ -224,7 +225,7 @@ class TestFiles:
         assert list(loaded["score"]) == [0.125, 1.0, 0.5, 0.25]  # by step size, then seed
 
     def test_what_is_no_record_is_named(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"folder: expected records in .*/records, got none"):
+        with pytest.raises(ValueError, match=r"folder: expected records in .*records, got none"):
             records.load_records(tmp_path)
         (tmp_path / "records").mkdir()
         broken = tmp_path / "records" / "half.json"
@@ -241,7 +242,9 @@ class TestFiles:
         one = record("ntk", 0.1, 0, 0.5)
         del one[part]
         path = write(tmp_path, one)
-        with pytest.raises(ValueError, match=rf"ntk__0\.1__0\.json: expected the record of a run, got .* {part}"):
+        with pytest.raises(
+            ValueError, match=rf"ntk__adamw__0\.1__0\.json: expected the record of a run, got .* {part}"
+        ):
             records.read_record(path)
 
     def test_a_run_that_is_none_is_named(self, tmp_path: Path) -> None:
@@ -256,13 +259,15 @@ class TestFiles:
     def test_a_score_that_is_no_number_is_refused(self, tmp_path: Path, part: str, value: Any) -> None:
         path = write(tmp_path, record("ntk", 0.1, 0, 0.5))
         path.write_text(json.dumps(json.loads(path.read_text()) | {part: value}))
-        with pytest.raises(ValueError, match=rf"ntk__0\.1__0\.json: expected a finite {part}, got {value}"):
+        with pytest.raises(ValueError, match=rf"ntk__adamw__0\.1__0\.json: expected a finite {part}, got {value}"):
             records.load_records(tmp_path)
 
     def test_a_copy_would_make_one_seed_weigh_double(self, tmp_path: Path) -> None:
         path = write(tmp_path, record("ntk", 0.1, 0, 0.5))
-        (path.parent / "ntk__0.1__0 copy.json").write_bytes(path.read_bytes())
-        with pytest.raises(ValueError, match=r"ntk__0\.1__0 copy\.json: expected ntk__0\.1__0\.json, the name of"):
+        (path.parent / "ntk__adamw__0.1__0 copy.json").write_bytes(path.read_bytes())
+        with pytest.raises(
+            ValueError, match=r"ntk__adamw__0\.1__0 copy\.json: expected ntk__adamw__0\.1__0\.json, the name of"
+        ):
             records.load_records(tmp_path)
 
     def test_what_the_configuration_does_not_name_is_refused(self, tmp_path: Path) -> None:

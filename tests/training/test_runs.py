@@ -100,7 +100,7 @@ def test_file_names_differ_and_suit_every_file_system() -> None:
     some = [SMALL, replace(SMALL, seed=6), replace(SMALL, learning_rate=0.1), replace(SMALL, rule="ntk:damping=0.1")]
     names = {one.file_name for one in some}
     assert len(names) == len(some)
-    assert "ntk_damping=0.1__0.03__5.json" in names
+    assert "ntk_damping=0.1__adamw__0.03__5.json" in names
 
 
 class Failing:
@@ -200,7 +200,7 @@ class TestDiverged:
     [
         ({"task": "bandits"}, r"task: expected one of bandit.*, got 'bandits'"),
         ({"rule": "isopo"}, r"rule: expected one of reinforce, .*ntk.*grpo.*, got 'isopo'"),
-        ({"optimizer": "adam"}, "optimizer: expected one of sgd, adamw, muon, got 'adam'"),
+        ({"optimizer": "adam"}, "optimizer: expected one of sgd, momentum, adamw, muon, got 'adam'"),
         ({"phase": "test"}, "phase: expected one of choose, report, got 'test'"),
         ({"learning_rate": 0.0}, "learning_rate: expected a finite number > 0, got 0"),
         ({"steps": 0}, "steps: expected a finite number >= 1, got 0"),
