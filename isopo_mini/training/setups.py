@@ -157,6 +157,20 @@ SETUPS: dict[str, Setup] = {
         steps=120,
         target=0.5,
     ),
+    "sorting": Setup(
+        "sorting five digits from 20 % accuracy, right 96 % of the time greedily: what is missing is to be sure",
+        partial(tokens, task="sorting", weights="sorting.safetensors"),
+        sequences=256,
+        steps=60,
+        target=0.8,
+    ),
+    "modular": Setup(
+        "addition modulo 97 from 20 % accuracy: transformer of width 64, 32 prompts x 8 answers",
+        partial(tokens, task="modular", weights="modular.safetensors"),
+        sequences=256,
+        steps=60,
+        target=0.5,
+    ),
     "addition-large": Setup(
         "three-digit addition from 20 % accuracy, for a GPU: width 256, 4 layers, 64 prompts x 8 answers",
         partial(tokens, task="addition:digits=3", weights="addition_large.safetensors"),

@@ -44,7 +44,7 @@ def test_task_and_policy_fit_together_and_the_seed_decides_the_policy(name: str)
         returns.append(task.evaluate(policy)["return"])
     assert returns[0] == returns[1]
     # Weights that are loaded are the same for all seeds.
-    assert (returns[0] == returns[2]) == (name == "addition")
+    assert (returns[0] == returns[2]) == (name in ("addition", "sorting", "modular"))
     assert setup.lowest < returns[0] < setup.target  # there is something to learn
     batch = task.sample(policy, 16, generator=torch.Generator().manual_seed(0))
     for option, function in setup.all_advantages.items():
@@ -58,8 +58,9 @@ def test_the_target_of_the_bandit_can_be_reached() -> None:
     assert setup_of("bandit").target < task.optimum - 0.02
 
 
-def test_addition_starts_from_one_in_five() -> None:
-    task, policy = setup_of("addition").make(CPU)
+@pytest.mark.parametrize("name", ["addition", "sorting", "modular"])
+def test_tokens_start_from_one_in_five(name: str) -> None:
+    task, policy = setup_of(name).make(CPU)
     assert task.evaluate(policy)["return"] == pytest.approx(0.2, abs=0.02)
 
 
