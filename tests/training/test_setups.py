@@ -98,7 +98,7 @@ class TestWeights:
         result = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
         assert "reinforce" in result.stdout
-        assert len(list((elsewhere / "out" / "records").iterdir())) == 1
+        assert len((elsewhere / "out" / "records.jsonl").read_text().splitlines()) == 1
 
     def test_the_command_that_the_error_names_makes_what_is_missing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
