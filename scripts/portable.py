@@ -3,14 +3,17 @@
     python scripts/portable.py                                   # make portable: all chapters, all settings
     python scripts/portable.py --settings ordinary seeds+1000    # some of the settings
     python scripts/portable.py --chapters book/isopo/*.ipynb     # some of the chapters
+    python scripts/portable.py --update --chapters …              # some of the chapters, in place of their old rows
     python scripts/portable.py --changed                         # what .ci/run does: see `changed`
 
 It runs the chapters (`execute_chapters.py`), prints every assert that does not hold with both sides, and every claim
 that holds by luck, and fails when there is one. All claims go to a table: of a whole run to `results/portability`,
-which the book shows, of any other to `_build/margins.csv`.
+which the book shows, of any other to `_build/margins.csv`. After a chapter has changed, `--update` runs it under all
+settings and puts its rows in the place of the old ones.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from collections import defaultdict
@@ -131,11 +134,18 @@ def report(records: list[Record], table: pd.DataFrame, settings: list[Setting]) 
     return not (len(lost) or len(thin) or broken)
 
 
+def updated(table: pd.DataFrame, old: pd.DataFrame) -> pd.DataFrame:
+    """The old table with the rows of some chapters replaced by new ones, in the order of chapters."""
+    rest = old[~old["chapter"].isin(table["chapter"])]
+    return pd.concat([rest, table]).sort_values("chapter", kind="stable", ignore_index=True)
+
+
 def main() -> int:
     """Run, print, and say by the exit status whether every claim held and none by luck."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chapters", nargs="+", type=Path, help="notebooks; all when left out")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="SETTING")
+    parser.add_argument("--update", action="store_true", help="replace these chapters' rows in the whole table")
     parser.add_argument("--changed", action="store_true", help="one setting, on what changed since the last tag")
     parser.add_argument("--jobs", type=int, help="chapters at a time; as many as there are cores when left out")
     options = parser.parse_args()
@@ -149,8 +159,13 @@ def main() -> int:
     table = margins(records)
     print("\n" + overview.to_string(index=False))
     good = report(records, table, settings)
-    whole = set(overview["setting"]) == set(SETTINGS) and not options.chapters
-    write_table(TABLE if whole else DRAFT, table, provenance(runs=overview.to_dict("records")))
+    every_setting = set(overview["setting"]) == set(SETTINGS)
+    origin = provenance(runs=overview.to_dict("records"))
+    if options.update and every_setting:
+        origin = json.loads(TABLE.with_suffix(".json").read_text()) | {"updated": origin}
+        write_table(TABLE, updated(table, pd.read_csv(TABLE)), origin)
+    else:
+        write_table(TABLE if every_setting and not options.chapters else DRAFT, table, origin)
     return not good
 
 

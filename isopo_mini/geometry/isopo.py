@@ -35,7 +35,7 @@ def ntk_coefficients(
     - `"gradient"` is the public code's. As λ → ∞, c → A, which is REINFORCE. An optimizer with a scale of its own for
       every parameter, such as AdamW, has to undo the factor λ.
     - `"natural"` is the damped natural gradient itself. As λ → ∞, c → A/λ. It belongs under plain SGD: where a
-      layer's weight is written as a·W, K is a² times as large, and the step changes the policy as before.
+      layer's parameters are written as a·W, K is a² times as large, and the step changes the policy as before.
 
     As λ → 0, c → K⁻¹A in the natural scale, which is the undamped natural gradient.
 

@@ -12,7 +12,8 @@ given for every rule. `|` stands between alternatives: `ntk:damping=1|10/sgd|ada
 nothing but such choices is one family, and `--report best` reports the best of each family alone.
 
 With `--search` the step sizes are where a search starts, which ends when the double and the half of the best one are
-known to be worse: see `search`.
+known not to be better. With `--screen 1` it is made with the first seed alone, and what is best of each family then is
+tried with all of them. See `search`.
 
 A command that was stopped, by whatever means, continues when it is given again, and ends with the same table (its
 seconds apart); a folder made with other settings or other code is refused. `--extend` continues it with more rules,
@@ -40,7 +41,14 @@ from isopo_mini.training import records, rule_specs, search
 from isopo_mini.training.optimizers import OPTIMIZERS
 from isopo_mini.training.pool import run_all as run_all
 from isopo_mini.training.provenance import provenance, source_hash, write_table
-from isopo_mini.training.record_files import VARIED, claim, read_configuration, require_same_code, split_label
+from isopo_mini.training.record_files import (
+    FINALISTS,
+    VARIED,
+    claim,
+    read_configuration,
+    require_same_code,
+    split_label,
+)
 from isopo_mini.training.runs import Run
 from isopo_mini.training.setups import SETUPS
 
@@ -93,6 +101,7 @@ def compare(
     families: dict[str, list[str]] | None = None,
     report: Sequence[str] = ("all",),
     searching: bool = False,
+    screen: int | None = None,
     extend: bool = False,
     mixed_code: bool = False,
     optimizer: str = "adamw",
@@ -110,6 +119,7 @@ def compare(
         families: those keys of `step_sizes` that are choices of one method, by its name.
         report: which keys of `step_sizes` to report; `"all"`, and `"best"` for the best one of every family.
         searching: take `step_sizes` as the start of a search, see `search`.
+        screen: how many of the seeds the search is made with; all when None.
         extend: allow an existing folder to get more rules, step sizes or seeds.
         mixed_code: allow records that other code has made.
         optimizer: of the rules that name none.
@@ -135,6 +145,10 @@ def compare(
         raise ValueError("grid: expected at least one rule, step size and seed, got an empty grid")
     common = {name: value for name, value in asdict(first[0]).items() if name not in VARIED} | {"optimizer": optimizer}
     config = common | {"seeds": sorted(seeds), "report_seeds": sorted(report_seeds)}
+    screening = sorted(seeds)[:screen]
+    if screen is not None:
+        checks.require_at_least("screen", screen, 1)
+        config["screen"] = screen
     if searching:
         config["searching"] = True
         for text, some in ((read_configuration(folder) or {}).get("step_sizes", {})).items():
@@ -145,16 +159,22 @@ def compare(
 
     for _ in range(search.ROUNDS if searching else 1):
         claim(folder, config | {"step_sizes": sizes}, extend, growing=searching)
-        run_all(grid(task, sizes, sorted(seeds), **shared), folder, processes, executor)
+        run_all(grid(task, sizes, screening, **shared), folder, processes, executor)
         runs = records.load_records(folder)
-        more = search.refined(runs, sizes, optimizer) if searching else {}
+        screened = runs[runs["seed"].isin(screening)].assign(finalist=True)
+        more = search.refined(screened, sizes, optimizer) if searching else {}
         if not more:
             break
         sizes = {text: sorted([*some, *more.get(text, ())]) for text, some in sizes.items()}
+    if screen is not None:
+        finalists = search.finalists(screened, sizes, families, optimizer, report)
+        claim(folder, config | {"step_sizes": sizes, FINALISTS: finalists}, extend, growing=True)
+        run_all(grid(task, finalists, sorted(seeds), **shared), folder, processes, executor)
+        runs = records.load_records(folder)
     best = search.chosen(runs, families, optimizer, report)
     run_all(grid(task, best, sorted(report_seeds), "report", **shared), folder, processes, executor)
     table = records.summary(records.load_records(folder))
-    origin = provenance(common["device"], configuration=config | {"step_sizes": sizes})
+    origin = provenance(common["device"], configuration=read_configuration(folder))
     write_table(folder / "summary.csv", table, origin)
     return table
 
@@ -245,6 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rules", nargs="+", required=True, help="such as reinforce ntk:damping=0.1 trpo@0.001,0.01")
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[], help="step sizes that every rule tries")
     parser.add_argument("--search", action="store_true", help="search on from these step sizes, by factors of two")
+    parser.add_argument("--screen", type=int, metavar="N", help="search with the first N of the seeds")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="to choose the step size (0 1 2)")
     parser.add_argument("--report-seeds", nargs="*", type=int, default=[], help="to report at the best step size")
     parser.add_argument("--report", nargs="+", default=["all"], help="all, best (of each family), or rules (all)")

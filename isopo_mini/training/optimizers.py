@@ -84,7 +84,7 @@ def make_optimizer(name: str, policy: nn.Module, learning_rate: float) -> torch.
     if not matrices:
         raise ValueError(
             f"optimizer: expected a policy with a hidden matrix for muon, got {type(policy).__name__} without; "
-            "use sgd or adamw"
+            "use sgd, momentum or adamw"
         )
     chosen = {id(parameter) for parameter in matrices}
     rest = [parameter for parameter in trainable if id(parameter) not in chosen]

@@ -24,6 +24,7 @@ PACKED = "records.jsonl"
 CONFIGURATION = "config.json"
 # What a configuration lists, where a record has one of the list; all else they have in common.
 VARIED = ("rule", "learning_rate", "seed", "phase")
+FINALISTS = "finalists"
 SEEDS = {"choose": "seeds", "report": "report_seeds"}
 _RUN = ("task", "rule", "learning_rate", "seed", "phase", "optimizer")
 _PARTS = ("run", "status", "score", "final", "area", "target", "to_target", "wall_seconds", "code", "curve")
@@ -187,7 +188,8 @@ def claim(folder: Path, config: Mapping[str, Any], extend: bool, growing: bool =
     path = folder / CONFIGURATION
     old = read_configuration(folder)
     if old is not None:
-        different = sorted(name for name in old.keys() | config.keys() if old.get(name) != config.get(name))
+        names = (old.keys() | config.keys()) - {FINALISTS}  # which follow from the runs
+        different = sorted(name for name in names if old.get(name) != config.get(name))
         allowed = extend or (growing and different == ["step_sizes"])
         if different and not (allowed and _contains(config, old)):
             name = different[0]
@@ -219,7 +221,7 @@ def require_same_code(folder: Path, source: str) -> None:
 
 def _contains(config: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
     """Whether a configuration has all of an older one and differs only in having more."""
-    varied = ("step_sizes", *SEEDS.values())
+    varied = ("step_sizes", FINALISTS, *SEEDS.values())
     if {**config, **dict.fromkeys(varied)} != {**old, **dict.fromkeys(varied)}:
         return False
     more_sizes = all(set(sizes) <= set(config["step_sizes"].get(rule, ())) for rule, sizes in old["step_sizes"].items())

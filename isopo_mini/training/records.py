@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 from scipy.integrate import trapezoid
 
+from isopo_mini.training.record_files import FINALISTS, read_configuration, read_records, split_label
 from isopo_mini.training.record_files import FOLDER as FOLDER
 from isopo_mini.training.record_files import read_record as read_record
-from isopo_mini.training.record_files import read_records
 from isopo_mini.training.record_files import write_record as write_record
 from isopo_mini.training.statistics import t_interval
 
@@ -82,13 +82,22 @@ def load_records(folder: str | Path) -> pd.DataFrame:
     Returns:
         Columns: what was run (`task`, `rule`, `learning_rate`, `seed`, `phase`, `optimizer`, `device`, `steps`, …),
         what came of it (`status`, `score`, `final`, `area`, `to_target_samples` and so on), what it cost (`samples`,
-        `actions`, `backward_passes`, `seconds`, `wall_seconds`), and `curve`, a dict of lists. Sorted by rule, step
-        size and seed.
+        `actions`, `backward_passes`, `seconds`, `wall_seconds`), and `curve`, a dict of lists; `finalist`, False for
+        what a screening left behind. Sorted by rule, step size and seed.
 
     Raises:
         ValueError: there are no records, or a file is none of this experiment's; names it. See `record_files`.
     """
-    return as_table(read_records(Path(folder)))
+    folder = Path(folder)
+    table = as_table(read_records(folder))
+    config = read_configuration(folder) or {}
+    finalists = config.get(FINALISTS)
+    if finalists is not None:  # the other runs were a screening's, with fewer seeds
+        default = config.get("optimizer")
+        sizes = {split_label(text, default): some for text, some in finalists.items()}
+        keys = zip(table["rule"], table["optimizer"], table["learning_rate"], strict=True)
+        table["finalist"] = [size in sizes.get((rule, optimizer), ()) for rule, optimizer, size in keys]
+    return table
 
 
 def as_table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -101,7 +110,7 @@ def as_table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
         row |= {f"to_target_{name}": reached.get(name, math.nan) for name in COSTS}
         spent = {name: record["curve"].get(name, [None])[-1] for name in COSTS[1:]}
         row |= {name: math.nan if value is None else value for name, value in spent.items()}
-        rows.append(row | {"wall_seconds": record["wall_seconds"], "curve": record["curve"]})
+        rows.append(row | {"wall_seconds": record["wall_seconds"], "finalist": True, "curve": record["curve"]})
     table = pd.DataFrame(rows)
     return table.sort_values([*_GROUP, "learning_rate", "seed"], kind="stable", ignore_index=True)
 
@@ -126,7 +135,8 @@ def best_learning_rates(records: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         `task`, `optimizer`, `rule`, `learning_rate`, `choose_score`, `choose_seeds`, and `at_edge`: "lowest" or
-        "highest" when the best one is the end of its grid, so that a wider grid might do better; else "".
+        "highest" when the best one is the end of its grid, so that a wider grid might do better; else "". Without a
+        row for what a screening left behind.
 
     Raises:
         ValueError: the step sizes of a rule were not tried with the same seeds: the grid is not finished. A run is
@@ -135,7 +145,10 @@ def best_learning_rates(records: pd.DataFrame) -> pd.DataFrame:
     """
     choosing = _sound(records, "choose")
     rows = []
-    for key, group in choosing.groupby(_GROUP):
+    for key, everything in choosing.groupby(_GROUP):
+        group = everything[everything["finalist"]]
+        if group.empty:
+            continue
         seeds = group.groupby("learning_rate")["seed"].agg(lambda values: " ".join(map(str, sorted(values))))
         if seeds.nunique() > 1:
             raise ValueError(
@@ -144,7 +157,8 @@ def best_learning_rates(records: pd.DataFrame) -> pd.DataFrame:
             )
         means = group.groupby("learning_rate")["score"].mean()  # sorted, so argmax takes the smaller of equals
         place = int(means.to_numpy().argmax())
-        edge = {0: "lowest", len(means) - 1: "highest"}.get(place, "") if len(means) > 1 else ""
+        tried = sorted(everything["learning_rate"].unique())
+        edge = {tried[0]: "lowest", tried[-1]: "highest"}.get(means.index[place], "") if len(tried) > 1 else ""
         row = dict(zip(_GROUP, key, strict=True)) | {"learning_rate": means.index[place]}
         row |= {"choose_score": means.iloc[place], "choose_seeds": len(seeds.iloc[0].split()), "at_edge": edge}
         rows.append(row)

@@ -117,3 +117,34 @@ def test_as_a_command_it_ends_inside_and_finds_its_way_again(tmp_path: Path, mon
     before = len(ran)
     main(command)
     assert len(ran) == before
+
+
+def test_a_screening_with_one_seed_leaves_the_best_of_each_family_to_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first seed likes SGD best, AdamW next and momentum least; with all of them AdamW is better."""
+    ran = []
+
+    def known(one: pool.Run, actual=pool.run) -> dict:  # type: ignore[no-untyped-def]
+        ran.append(one)
+        bonus = {"sgd": 5.0 if one.seed == 0 else 0.0, "adamw": 4.0, "momentum": 3.0}[one.optimizer]
+        return actual(one) | {"score": bonus - abs(one.learning_rate - 2)}
+
+    monkeypatch.setattr(pool, "run", known)
+    line = "bandit --rules reinforce --optimizer sgd momentum adamw --learning-rates 0.5 2 --search --screen 1"
+    numbers = "--report best --seeds 0 1 2 --report-seeds 10 11 --steps 1 --processes 1"
+    command = [*line.split(), *numbers.split(), "--out", str(tmp_path / "out")]
+    main(command)
+    screened = {(one.optimizer, one.learning_rate) for one in ran if one.seed == 0}
+    assert screened == {(name, size) for name in ("sgd", "momentum", "adamw") for size in (0.5, 1.0, 2.0, 4.0)}
+    finalists = {(one.optimizer, one.learning_rate) for one in ran if one.seed in (1, 2)}
+    assert finalists == {(name, size) for name in ("sgd", "adamw") for size in (1.0, 2.0, 4.0)}
+    assert {(one.optimizer, one.learning_rate) for one in ran if one.seed in (10, 11)} == {("adamw", 2.0)}
+    table = records.summary(records.load_records(tmp_path / "out")).set_index("optimizer")
+    assert list(table.index) == ["adamw", "sgd"], "without a row for what a screening left behind"
+    assert list(table["choose_seeds"]) == [3, 3]
+    assert list(table["choose_score"]) == pytest.approx([4.0, 5.0 / 3])
+    assert list(table["at_edge"]) == ["", ""]
+    before = len(ran)
+    main(command)
+    assert len(ran) == before, "given again, nothing is run again"
