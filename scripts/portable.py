@@ -161,7 +161,9 @@ def main() -> int:
     good = report(records, table, settings)
     every_setting = set(overview["setting"]) == set(SETTINGS)
     origin = provenance(runs=overview.to_dict("records"))
-    if options.update and every_setting:
+    if options.update:
+        if not every_setting or any("error" in record for record in records):
+            sys.exit("Nothing is updated: expected every setting, and cells that do not fail")
         origin = json.loads(TABLE.with_suffix(".json").read_text()) | {"updated": origin}
         write_table(TABLE, updated(table, pd.read_csv(TABLE)), origin)
     else:
