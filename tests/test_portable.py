@@ -11,6 +11,7 @@ import claims_page
 import execute_chapters
 import nbformat
 import numpy as np
+import pandas as pd
 import portable
 import pytest
 import torch
@@ -80,6 +81,13 @@ def test_what_does_not_hold_and_what_holds_by_luck_is_told(
     assert "one.ipynb [2]  abs(x.mean() - 0.5) < 1e-09\n" in said
     assert said.count("ZeroDivisionError") == 4
     assert "scripts/portable.py --chapters two.ipynb --settings ordinary" in said
+
+
+def test_the_rows_of_a_chapter_that_has_changed_are_replaced() -> None:
+    old = pd.DataFrame({"chapter": ["a", "b", "b", "c"], "claim": ["1", "2", "3", "4"]})
+    new = pd.DataFrame({"chapter": ["d", "b"], "claim": ["6", "5"]})
+    expected = pd.DataFrame({"chapter": ["a", "b", "c", "d"], "claim": ["1", "5", "4", "6"]})
+    pd.testing.assert_frame_equal(portable.updated(new, old), expected)
 
 
 def measured(distances: list[float], settings: list[str], **more: Any) -> list[dict[str, Any]]:
