@@ -146,7 +146,7 @@ def best_learning_rates(records: pd.DataFrame) -> pd.DataFrame:
     choosing = _sound(records, "choose")
     rows = []
     for key, everything in choosing.groupby(_GROUP):
-        group = everything[everything["finalist"]]
+        group = everything[everything["finalist"]] if "finalist" in everything else everything
         if group.empty:
             continue
         seeds = group.groupby("learning_rate")["seed"].agg(lambda values: " ".join(map(str, sorted(values))))
