@@ -40,6 +40,7 @@ CONTRACT: dict[str, str] = {
     "geometry.natural_gradient.solve_rank_one": "score vector damping",
     "geometry.isopo.ntk_coefficients": "gram advantages damping scale",
     "geometry.isopo.fisher_norms": "gram",
+    "geometry.isopo.participation_ratio": "gram",
     "geometry.isopo.normalized_coefficients": "norms advantages power",
     "geometry.gram.dense": "left right",
     "geometry.gram.ghost": "left right",

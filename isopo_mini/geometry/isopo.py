@@ -128,6 +128,34 @@ def mean_eigenvalue(gram: Float[Tensor, "S S"]) -> Float[Tensor, ""]:
     return at_least_float32(gram).trace() / len(gram)
 
 
+def participation_ratio(gram: Float[Tensor, "S S"]) -> Float[Tensor, ""]:
+    """(tr K)²/‖K‖_F² = (Σ_i μ_i)²/Σ_i μ_i²: how many directions share the gradients, from the eigenvalues μ_i of K.
+
+    The participation ratio of the eigenvalues, without finding them: r if r of them are equal and the others 0. It says
+    what a damping ρ is worth: λ = ρ·tr K/S is small beside the few eigenvalues that hold the trace, however many
+    sequences there are.
+
+    Args:
+        gram: K, symmetric and positive semi-definite.
+
+    Returns:
+        A number without units from 1 to the rank of K, in at least single precision; 0 for K = 0.
+
+    Raises:
+        ValueError: `gram` is not square or not finite.
+
+    Example:
+        >>> import torch
+        >>> participation_ratio(torch.diag(torch.tensor([2.0, 2.0, 0.0])))
+        tensor(2.)
+    """
+    _check_gram(gram)
+    largest = gram.double().abs().amax()
+    shares = gram.double() / largest.clamp_min(torch.finfo(torch.float64).tiny)  # in these units no square underflows
+    ratio = shares.trace().square() / shares.square().sum()
+    return torch.where(largest == 0, 0.0, ratio).to(at_least_float32(gram).dtype)
+
+
 def fisher_norms(gram: Float[Tensor, "S S"]) -> Float[Tensor, "S"]:
     """‖g_s‖_F = √((1/S) Σ_s' K_ss'²) = √(g_sᵀ F̂ g_s), with the sequence-level empirical Fisher F̂ = SᵀS/S.
 

@@ -76,6 +76,36 @@ def test_single_precision_survives_a_wide_spectrum() -> None:
     assert (step - expected).norm() < 1e-3 * expected.norm()  # the input is only rounded once, to 6e-8 of tr K
 
 
+@settings(max_examples=25, deadline=None)
+@given(sequences=st.integers(1, 7), parameters=st.integers(1, 9), seed=st.integers(0, 99))
+def test_the_participation_ratio_is_that_of_the_eigenvalues(sequences: int, parameters: int, seed: int) -> None:
+    scores, _ = random_scores(sequences, parameters, seed)
+    eigenvalues = torch.linalg.svdvals(scores).square()  # of K, without K
+    ratio = isopo.participation_ratio(scores @ scores.T)
+    torch.testing.assert_close(ratio, eigenvalues.sum().square() / eigenvalues.square().sum(), rtol=1e-10, atol=0.0)
+    assert 1 - 1e-12 <= ratio <= min(sequences, parameters) + 1e-12
+
+
+def test_the_participation_ratio_counts_directions_and_has_no_units() -> None:
+    rotation = torch.linalg.qr(random_scores(6, 6)[0])[0]
+    for rank in range(1, 7):
+        projector = rotation[:, :rank] @ rotation[:, :rank].T
+        for size in (1e-200, 1.0, 1e200):  # a square of these entries would not fit
+            torch.testing.assert_close(isopo.participation_ratio(size * projector).item(), float(rank))
+    single = isopo.participation_ratio(1e-30 * projector.float())
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.item(), 6.0, rtol=1e-5, atol=0.0)
+    assert isopo.participation_ratio(torch.zeros(3, 3)) == 0
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_participation_ratio_of_what_is_no_gram_matrix() -> None:
+    with pytest.raises(ValueError, match=r"gram: expected shape \(S S\), got \(2, 3\)"):
+        isopo.participation_ratio(torch.ones(2, 3))
+    with pytest.raises(ValueError, match="gram: expected finite numbers"):
+        isopo.participation_ratio(torch.full((2, 2), torch.inf))
+
+
 def test_fisher_norms_are_quadratic_forms_of_the_empirical_fisher() -> None:
     scores, _ = random_scores()
     fisher = scores.T @ scores / scores.shape[0]
