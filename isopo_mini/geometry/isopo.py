@@ -79,8 +79,8 @@ def over_scale(coefficients: Float[Tensor, "S"], scale: Float[Tensor, ""]) -> Fl
     return torch.where(scale == 0, 0.0, quotients).to(coefficients.dtype)
 
 
-def is_above_rounding(ratio: float, gram: Float[Tensor, "S S"]) -> bool:
-    """Whether `solve_ntk` can be trusted with λ = ratio · tr K/S.
+def is_above_rounding(ratio: float, gram: Float[Tensor, "S _"]) -> bool:
+    """Whether `solve_ntk` can be trusted with λ = ratio · tr K/S, for a K, or columns of gradients, of this precision.
 
     λ has to be larger than the rounding errors of K, S·ε·tr K/S, or K + λI need not be invertible; and larger than √ε
     of double precision, or the solve loses more than half of its digits. It is asked of the ratio, which a transform
@@ -121,6 +121,30 @@ def solve_ntk_by_eigenvalues(
     damping = (damping.double() / unit).clamp_min(torch.finfo(torch.float64).tiny)
     shares = damping / (eigenvalues + damping)
     return _in_precision_of(advantages, vectors @ (shares * (vectors.mT @ advantages.double())))
+
+
+def solve_ntk_by_columns(
+    columns: Float[Tensor, "S P"], advantages: Float[Tensor, "S"], damping: Float[Tensor, ""]
+) -> Float[Tensor, "S"]:
+    """`solve_ntk` for K = GGᵀ of few columns: λ(GGᵀ + λI)⁻¹A = A − G(GᵀG + λI)⁻¹GᵀA, a system of P equations.
+
+    For a λ that `is_above_rounding`; λ = 0 stands for a layer without gradient.
+    """
+    precise = columns.double()
+    damping = damping.double().clamp_min(torch.finfo(torch.float64).tiny)
+    identity = torch.eye(precise.shape[1], dtype=torch.float64, device=precise.device)
+    target = advantages.double()
+    weights = torch.linalg.solve_ex(identity + precise.mT @ precise / damping, precise.mT @ target / damping)[0]
+    return _in_precision_of(advantages, target - precise @ weights)
+
+
+def fisher_norms_by_columns(columns: Float[Tensor, "S P"]) -> Float[Tensor, "S"]:
+    """`fisher_norms` of K = GGᵀ of few columns: √(g_sᵀ F̂ g_s) with F̂ = GᵀG/S, which is `(P, P)`."""
+    unit = columns.abs().amax().double().clamp_min(torch.finfo(torch.float64).tiny)
+    precise = columns.double() / unit
+    fisher = precise.mT @ precise / len(precise)
+    squares = ((precise @ fisher) * precise).sum(dim=1).clamp_min(0.0)  # rounding can leave -1e-17
+    return (unit.square() * squares.sqrt()).to(columns.dtype)
 
 
 def mean_eigenvalue(gram: Float[Tensor, "S S"]) -> Float[Tensor, ""]:

@@ -106,6 +106,24 @@ class LayerGradients:
         """K_ss' = ⟨G_s, G_s'⟩, summed over the parameters of the layer."""
         return self.resources.unscaled(self._gram(), 2)
 
+    def few_columns(self) -> Float[Tensor, "S P"] | None:
+        """G, one row a sequence, where the layer has at most half as many parameters as there are sequences; else None.
+
+        GᵀG is then the smaller matrix and says all that K = GGᵀ says. Not where a sketch or products of positions were
+        asked for by name.
+        """
+        parts = list(self.parameters.values())
+        sequences = parts[0].num_sequences
+        if self.resources.path not in ("auto", "dense") or 2 * sum(part.size for part in parts) > sequences:
+            return None
+        self.resources.workspace.start_layer()
+        formed = [
+            part.form(self.resources.workspace).flatten(1) if isinstance(part, MatrixGradients) else part.form()
+            for part in parts
+        ]
+        columns = torch.cat([at_least_float32(gradients) for gradients in formed], dim=1)
+        return self.resources.unscaled(columns, 1)
+
     def _gram(self) -> Float[Tensor, "S S"]:
         """K as the gradients came."""
         resources = self.resources

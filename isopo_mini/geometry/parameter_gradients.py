@@ -60,6 +60,16 @@ class MatrixGradients:
         return self.rights[0].dtype
 
     @property
+    def num_sequences(self) -> int:
+        """S."""
+        return self.rights[0].shape[0]
+
+    @property
+    def size(self) -> int:
+        """Entries of one G_s."""
+        return self.rows * self.columns
+
+    @property
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """The uses, those of a kind joined along time: a weight used twice is used on twice as many positions."""
         if len(self.lefts) == 1:
@@ -174,6 +184,16 @@ class VectorGradients:
     def dtype(self) -> torch.dtype:
         """Of the gradients."""
         return self.output_gradients[0].dtype
+
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        return self.output_gradients[0].shape[0]
+
+    @property
+    def size(self) -> int:
+        """Entries of one G_s."""
+        return self.output_gradients[0].shape[2]
 
     def form(self) -> Tensor:
         """All G_s, `(S, d)`."""

@@ -98,11 +98,17 @@ class NTK:
         self, layer: LayerGradients, advantages: Float[Tensor, "S"], averages: MovingAverages
     ) -> Float[Tensor, "S"]:
         """See the class."""
-        gram = layer.gram()
-        damping = self.damping * averages.blend("eigenvalue", isopo.mean_eigenvalue(gram))
-        above_rounding = isopo.is_above_rounding(self.damping, gram)
-        solver = isopo.solve_ntk if above_rounding else isopo.solve_ntk_by_eigenvalues
-        coefficients = solver(gram, advantages, damping)
+        columns = layer.few_columns()
+        if columns is not None and isopo.is_above_rounding(self.damping, columns):
+            eigenvalue = columns.double().square().sum() / len(columns)
+            damping = self.damping * averages.blend("eigenvalue", eigenvalue.to(columns.dtype))
+            coefficients = isopo.solve_ntk_by_columns(columns, advantages, damping)
+        else:
+            gram = layer.gram()
+            damping = self.damping * averages.blend("eigenvalue", isopo.mean_eigenvalue(gram))
+            above_rounding = isopo.is_above_rounding(self.damping, gram)
+            solver = isopo.solve_ntk if above_rounding else isopo.solve_ntk_by_eigenvalues
+            coefficients = solver(gram, advantages, damping)
         return coefficients if self.scale == "gradient" else isopo.over_scale(coefficients, damping)
 
 
@@ -186,6 +192,9 @@ class FisherNormalized:
 
     def _fisher_norms(self, layer: LayerGradients) -> Float[Tensor, "S"]:
         if self.norm == "sequence":
+            columns = layer.few_columns()
+            if columns is not None:
+                return isopo.fisher_norms_by_columns(columns)
             return isopo.root_mean_square(layer.gram())
         overlaps, token_norms = layer.token_overlaps(self.tokens)
         return isopo.token_fisher_norms(overlaps, token_norms if self.norm == "token" else None)
