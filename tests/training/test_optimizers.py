@@ -139,7 +139,7 @@ def test_errors() -> None:
         make_optimizer("adam", MLP(4, 2), 0.1)
     with pytest.raises(ValueError, match="learning_rate"):
         make_optimizer("sgd", MLP(4, 2), 0.0)
-    with pytest.raises(ValueError, match="hidden matrix for muon, got TabularSoftmax without; use sgd, momentum or adamw"):
+    with pytest.raises(ValueError, match="hidden matrix for muon, got TabularSoftmax without; use sgd"):
         make_optimizer("muon", TabularSoftmax(2, 3), 0.1)
     with pytest.raises(ValueError, match="policy: expected at least one trainable parameter, got none"):
         make_optimizer("sgd", MLP(4, 2).requires_grad_(False), 0.1)
