@@ -20,13 +20,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from isopo_mini.geometry import fisher, gram, isopo, natural_gradient
+from isopo_mini.geometry.ntk_solvers import in_precision_of
 from isopo_mini.objectives import advantages, aggregation, kl, losses, values
 from isopo_mini.policies import TabularSoftmax, softmax_fisher
 from isopo_mini.tasks import Bandit, ContextualBandit, Episodes
 
 MODULES = [
     *(f"objectives.{name}" for name in ("advantages", "aggregation", "kl", "losses", "values")),
-    *(f"geometry.{name}" for name in ("fisher", "gram", "isopo", "natural_gradient", "singular")),
+    *(
+        f"geometry.{name}"
+        for name in ("fisher", "fisher_products", "gram", "isopo", "natural_gradient", "ntk_solvers", "singular")
+    ),
     "tasks.bandit",
 ]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -204,6 +208,12 @@ def ntk(solver: Callable[..., Tensor], draw: Draw) -> Tensor:
     return solver(matrix, draw.whole(len(matrix)).to(matrix.dtype), 0.1 * isopo.mean_eigenvalue(matrix.double()))
 
 
+def by_columns(draw: Draw) -> Tensor:
+    columns = draw.scores()
+    damping = 0.1 * columns.double().square().sum() / len(columns)
+    return isopo.solve_ntk_by_columns(columns, draw.whole(len(columns)).to(columns.dtype), damping)
+
+
 def factors(draw: Draw) -> tuple[Tensor, Tensor]:
     """Left and right factors of gradients. What a Gram matrix may be too large for is the engine's to report."""
     draw.unit = min(draw.unit, torch.finfo(draw.dtype).max ** 0.5 / 256)
@@ -261,8 +271,11 @@ ENTRIES: dict[str, list[Entry]] = {
         Entry(lambda d: fisher.exact_fisher(d.policy(), torch.arange(3), d.positive(3)), half=True),
     ],
     "geometry.fisher.empirical_fisher": [Entry(lambda d: fisher.empirical_fisher(d.scores()))],
-    "geometry.fisher.fisher_vector_product": [
+    "geometry.fisher_products.fisher_vector_product": [
         Entry(lambda d: fisher.fisher_vector_product(d.policy(), torch.arange(3), d.vector(12)), half=True)
+    ],
+    "geometry.fisher_products.squared_length": [
+        Entry(lambda d: fisher.squared_length(d.policy(), torch.arange(3), d.vector(12)), half=True)
     ],
     "geometry.natural_gradient.solve": [
         Entry(lambda d, damping=damping: natural_gradient.solve(d.matrix(), d.vector(), damping))  # type: ignore[misc]
@@ -293,11 +306,19 @@ ENTRIES: dict[str, list[Entry]] = {
         Entry(lambda d, damping=damping: isopo.ntk_coefficients(d.gram(), d.vector(d.sequences), damping))  # type: ignore[misc]
         for damping in (1e-30, 1e-3, 1e20)
     ],
-    "geometry.isopo.is_above_rounding": [
+    "geometry.ntk_solvers.is_above_rounding": [
         Entry(lambda d: [float(isopo.is_above_rounding(ratio, d.gram())) for ratio in (1e-30, 1e3)])
     ],
-    "geometry.isopo.solve_ntk": [Entry(lambda d: ntk(isopo.solve_ntk, d))],
-    "geometry.isopo.solve_ntk_by_eigenvalues": [Entry(lambda d: ntk(isopo.solve_ntk_by_eigenvalues, d))],
+    "geometry.ntk_solvers.solve_ntk": [Entry(lambda d: ntk(isopo.solve_ntk, d))],
+    "geometry.ntk_solvers.solve_ntk_by_eigenvalues": [Entry(lambda d: ntk(isopo.solve_ntk_by_eigenvalues, d))],
+    "geometry.ntk_solvers.solve_ntk_by_columns": [Entry(by_columns)],
+    "geometry.ntk_solvers.over_scale": [
+        Entry(lambda d: isopo.over_scale(d.numbers(4).float(), torch.tensor(float(d.unit)))),
+        Entry(lambda d: isopo.over_scale(d.numbers(4).float(), torch.tensor(0.0))),
+    ],
+    "geometry.ntk_solvers.in_precision_of": [Entry(lambda d: in_precision_of(d.numbers(4), d.whole(4)))],
+    "geometry.isopo.fisher_norms_by_columns": [Entry(lambda d: isopo.fisher_norms_by_columns(d.scores()))],
+    "geometry.isopo.participation_ratio": [Entry(lambda d: isopo.participation_ratio(d.gram()))],
     "geometry.isopo.mean_eigenvalue": [Entry(lambda d: isopo.mean_eigenvalue(d.gram()))],
     "geometry.isopo.fisher_norms": [Entry(lambda d: isopo.fisher_norms(d.gram()))],
     "geometry.isopo.root_mean_square": [Entry(lambda d: isopo.root_mean_square(d.gram()))],
@@ -326,6 +347,7 @@ ENTRIES: dict[str, list[Entry]] = {
     "geometry.gram.inner_products": [Entry(lambda d: gram.inner_products(factors(d)[0]))],
     "geometry.gram.dense": [Entry(lambda d: gram.dense(*factors(d)), half=True)],
     "geometry.gram.ghost": [Entry(lambda d: gram.ghost(*factors(d)))],
+    "geometry.gram.own_products": [Entry(lambda d: gram.own_products(*factors(d), *factors(d)))],
     "geometry.gram.ghost_between": [Entry(lambda d: gram.ghost_between(*factors(d), *factors(d)))],
     "geometry.gram.sketched_gradients": [
         Entry(lambda d: gram.sketched_gradients(*factors(d), sketch_of(d)), half=True)
