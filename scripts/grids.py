@@ -1,4 +1,4 @@
-"""The long comparisons behind chapters 9 to 12, by name: each is one command of `isopo_mini.training.experiments`.
+"""The long comparisons of token tasks by name: each is one command of `isopo_mini.training.experiments`.
 
     python scripts/grids.py                      # lists them
     python scripts/grids.py addition_60          # makes results/addition_60, or goes on where it was stopped
@@ -6,8 +6,7 @@
 
 The optimizer is a part of the method: every rule is searched with every optimizer, from four step sizes a factor of
 four apart, on by factors of two. Where the search starts depends on the scale of the rule's step and on the optimizer
-alone (`STARTS`); it ends where it ends. Three seeds choose and ten others report; on CartPole, where three promised far
-too much, ten choose.
+alone (`STARTS`); it ends where it ends. Three seeds choose and ten others report.
 """
 
 import argparse
@@ -77,13 +76,12 @@ class Grid:
         return [*line, "--out", f"results/{name}"]
 
 
+OPTIONS = "--screen 1 --seeds 0 1 2 --steps 60 --evaluations 15"
+IN_FULL = tuple(f"{rule}/{optimizer}" for rule in ATTRIBUTION for optimizer in ("sgd", "adamw"))
 GRIDS = {
-    "addition_60": Grid(
-        "addition",
-        ONE_PASS | OLD_POLICY,
-        "--screen 1 --seeds 0 1 2 --steps 60 --evaluations 15",
-        tuple(f"{rule}/{optimizer}" for rule in ATTRIBUTION for optimizer in ("sgd", "adamw")),
-    ),
+    "addition_60": Grid("addition", ONE_PASS | OLD_POLICY, OPTIONS, IN_FULL),
+    "sorting_60": Grid("sorting", ONE_PASS | OLD_POLICY, OPTIONS),
+    "modular_60": Grid("modular", ONE_PASS | OLD_POLICY, OPTIONS),
 }
 
 

@@ -145,7 +145,6 @@ def compare(
         raise ValueError("grid: expected at least one rule, step size and seed, got an empty grid")
     common = {name: value for name, value in asdict(first[0]).items() if name not in VARIED} | {"optimizer": optimizer}
     config = common | {"seeds": sorted(seeds), "report_seeds": sorted(report_seeds)}
-    screening = sorted(seeds)[:screen]
     if screen is not None:
         checks.require_at_least("screen", screen, 1)
         config["screen"] = screen
@@ -157,20 +156,23 @@ def compare(
     if not mixed_code:
         require_same_code(folder, source_hash())
 
+    def choosing_runs(sizes: dict[str, list[float]], seeds: Sequence[int], **more: Any) -> pd.DataFrame:
+        """Make the folder that of these step sizes, run what is missing of them, and read all there is."""
+        claim(folder, config | {"step_sizes": sizes} | more, extend, growing=searching or bool(more))
+        run_all(grid(task, more.get(FINALISTS, sizes), seeds, **shared), folder, processes, executor)
+        return records.load_records(folder)
+
+    screening = sorted(seeds)[:screen]
     for _ in range(search.ROUNDS if searching else 1):
-        claim(folder, config | {"step_sizes": sizes}, extend, growing=searching)
-        run_all(grid(task, sizes, screening, **shared), folder, processes, executor)
-        runs = records.load_records(folder)
+        runs = choosing_runs(sizes, screening)
         screened = runs[runs["seed"].isin(screening)].assign(finalist=True)
-        more = search.refined(screened, sizes, optimizer) if searching else {}
-        if not more:
+        wanted = search.refined(screened, sizes, optimizer) if searching else {}
+        if not wanted:
             break
-        sizes = {text: sorted([*some, *more.get(text, ())]) for text, some in sizes.items()}
+        sizes = {text: sorted([*some, *wanted.get(text, ())]) for text, some in sizes.items()}
     if screen is not None:
         finalists = search.finalists(screened, sizes, families, optimizer, report)
-        claim(folder, config | {"step_sizes": sizes, FINALISTS: finalists}, extend, growing=True)
-        run_all(grid(task, finalists, sorted(seeds), **shared), folder, processes, executor)
-        runs = records.load_records(folder)
+        runs = choosing_runs(sizes, sorted(seeds), **{FINALISTS: finalists})
     best = search.chosen(runs, families, optimizer, report)
     run_all(grid(task, best, sorted(report_seeds), "report", **shared), folder, processes, executor)
     table = records.summary(records.load_records(folder))

@@ -35,6 +35,7 @@ class KLTargeted:
 
     Raises:
         ValueError: δ is not positive. In `step`: the optimizer's learning rates are not all the same.
+        TypeError: in `step`: the rule sets the parameters itself, as TRPO does.
 
     Source: the length of the step of Schulman et al., *Trust region policy optimization*, arXiv 1502.05477, appendix C.
     """
@@ -49,7 +50,9 @@ class KLTargeted:
         """Use the batch as the rule does. The metric `step_size` is η, the mean over the optimizer's steps."""
         scaled = _ScaledSteps(optimizer, policy, batch, self.kl)
         metrics = self.rule.step(policy, batch, scaled)
-        return metrics | {"step_size": sum(scaled.step_sizes) / max(1, len(scaled.step_sizes))}
+        if not scaled.step_sizes:
+            raise TypeError(f"rule: expected one that lets the optimizer step, got {type(self.rule).__name__}")
+        return metrics | {"step_size": sum(scaled.step_sizes) / len(scaled.step_sizes)}
 
 
 class _ScaledSteps(torch.optim.Optimizer):

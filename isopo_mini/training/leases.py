@@ -40,19 +40,10 @@ def lease(folder: Path, name: str) -> Iterator[bool]:
         path.unlink(missing_ok=True)
 
 
-def held(folder: Path) -> list[str]:
-    """The names of the leases that are not void."""
-    return sorted(path.name for path in _leases(folder) if not _is_void(path))
-
-
 def left(folder: Path) -> list[str]:
     """The names of the leases whose holders are gone."""
-    return sorted(path.name for path in _leases(folder) if _is_void(path))
-
-
-def _leases(folder: Path) -> list[Path]:
-    """All of them; not the files of a moment that `_now_of` and `_remove_void` make."""
-    return [path for path in (folder / FOLDER).glob("*") if not path.name.startswith(".")]
+    # Not the files of a moment that `_now_of` and `_remove_void` make, whose names begin with a dot.
+    return sorted(path.name for path in (folder / FOLDER).glob("[!.]*") if _is_void(path))
 
 
 def _create(path: Path) -> bool:

@@ -114,16 +114,17 @@ class _Work:
             with _processes(processes) as pool:
                 again, lost = self._submit(runs, pool)
         # Whoever was being made when a process died is tried alone: then it is known which of them kills processes.
-        suspected = set(left(self.folder))
+        suspected = set(left(self.folder)) & {one.file_name for one in lost}
         for one in [one for one in lost if one.file_name in suspected]:
             with _processes(1) as alone:
-                again += self._submit([one], alone)[0]
-            if one.file_name in left(self.folder):
+                elsewhere, lost_again = self._submit([one], alone)
+            again += elsewhere
+            for dead in lost_again:
                 error = RuntimeError("its process died, killed or out of memory")
-                _write_note(self.folder / FAILED / f"{one.file_name}.txt", f"{error}\n")
-                self._done(one, error)
-        if lost and not suspected and not self.started:
-            raise RuntimeError(_GUARD)
+                _write_note(self.folder / FAILED / f"{dead.file_name}.txt", f"{error}\n")
+                self._done(dead, error)
+        if lost and not self.progressed:
+            raise RuntimeError(_CUT_OFF if self.started else _GUARD)
         return again + [one for one in lost if one.file_name not in suspected]
 
     def _submit(self, runs: Sequence[Run], executor: Executor) -> tuple[list[Run], list[Run]]:
@@ -178,6 +179,10 @@ _GUARD = (
     '`if __name__ == "__main__":`, and a program from standard input cannot have processes. Mend that, or give '
     "processes=1"
 )
+
+
+# Why processes that have taken runs before no longer do.
+_CUT_OFF = "the processes die before they take a run; start the same command again when that is mended"
 
 
 def _start_worker() -> None:

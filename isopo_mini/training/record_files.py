@@ -243,13 +243,18 @@ def _require_own(name: str, run: Mapping[str, Any], config: Mapping[str, Any] | 
 def _own(run: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, list[Any]]:
     """What each field of a run may be in an experiment with this configuration."""
     shared = {field: [config.get(field)] for field in run if field not in (*VARIED, "optimizer")}
-    default = config.get("optimizer")
-    # Every rule and optimizer with its step sizes.
-    sizes = {split_label(text, default): values for text, values in config["step_sizes"].items()}
+    sizes = by_rule_and_optimizer(config["step_sizes"], config)
     seeds = config[SEEDS[run["phase"]]] if run["phase"] in SEEDS else []
     varied = {"phase": list(SEEDS), "rule": list(dict.fromkeys(rule for rule, _ in sizes)), "seed": seeds}
     varied["optimizer"] = [optimizer for rule, optimizer in sizes if rule == run["rule"]]
     return shared | varied | {"learning_rate": sizes.get((run["rule"], run["optimizer"]), [])}
+
+
+def by_rule_and_optimizer(
+    step_sizes: Mapping[str, list[float]], config: Mapping[str, Any]
+) -> dict[tuple[str, str], list[float]]:
+    """Step sizes that a configuration has by label, by what the label says."""
+    return {split_label(text, config.get("optimizer")): sizes for text, sizes in step_sizes.items()}
 
 
 def split_label(text: str, default: str | None) -> tuple[str, str]:

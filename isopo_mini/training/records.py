@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.integrate import trapezoid
 
-from isopo_mini.training.record_files import FINALISTS, read_configuration, read_records, split_label
+from isopo_mini.training.record_files import FINALISTS, by_rule_and_optimizer, read_configuration, read_records
 from isopo_mini.training.record_files import FOLDER as FOLDER
 from isopo_mini.training.record_files import read_record as read_record
 from isopo_mini.training.record_files import write_record as write_record
@@ -91,10 +91,8 @@ def load_records(folder: str | Path) -> pd.DataFrame:
     folder = Path(folder)
     table = as_table(read_records(folder))
     config = read_configuration(folder) or {}
-    finalists = config.get(FINALISTS)
-    if finalists is not None:  # the other runs were a screening's, with fewer seeds
-        default = config.get("optimizer")
-        sizes = {split_label(text, default): some for text, some in finalists.items()}
+    if FINALISTS in config:  # the other runs were a screening's, with fewer seeds
+        sizes = by_rule_and_optimizer(config[FINALISTS], config)
         keys = zip(table["rule"], table["optimizer"], table["learning_rate"], strict=True)
         table["finalist"] = [size in sizes.get((rule, optimizer), ()) for rule, optimizer, size in keys]
     return table

@@ -130,6 +130,20 @@ def start_weights(name: str, task: str) -> Path:
     )
 
 
+def token_setup(
+    description: str,
+    task: str,
+    *,
+    weights: str | None = None,
+    sequences: int = 256,
+    steps: int = 60,
+    target: float = 0.5,
+) -> Setup:
+    """A token task from saved weights, those of the task's name if no other, with groups of eight answers a prompt."""
+    make = partial(tokens, task=task, weights=f"{weights or task}.safetensors")
+    return Setup(f"{description}, {sequences // 8} prompts x 8 answers", make, sequences, steps, target)
+
+
 SETUPS: dict[str, Setup] = {
     "bandit": Setup(
         "contextual bandit: 16 contexts, 5 arms, small network",
@@ -150,33 +164,19 @@ SETUPS: dict[str, Setup] = {
         more_advantages={"gae": episode_advantages(discount=0.99, trace_decay=0.95)},
         evaluations=30,
     ),
-    "addition": Setup(
-        "two-digit addition from 20 % accuracy: transformer of width 64, 32 prompts x 8 answers",
-        partial(tokens, task="addition", weights="addition.safetensors"),
-        sequences=256,
-        steps=120,
-        target=0.5,
-    ),
-    "sorting": Setup(
+    "addition": token_setup("two-digit addition from 20 % accuracy: transformer of width 64", "addition", steps=120),
+    "sorting": token_setup(
         "sorting five digits from 20 % accuracy, right 96 % of the time greedily: what is missing is to be sure",
-        partial(tokens, task="sorting", weights="sorting.safetensors"),
-        sequences=256,
-        steps=60,
+        "sorting",
         target=0.8,
     ),
-    "modular": Setup(
-        "addition modulo 97 from 20 % accuracy: transformer of width 64, 32 prompts x 8 answers",
-        partial(tokens, task="modular", weights="modular.safetensors"),
-        sequences=256,
-        steps=60,
-        target=0.5,
-    ),
-    "addition-large": Setup(
-        "three-digit addition from 20 % accuracy, for a GPU: width 256, 4 layers, 64 prompts x 8 answers",
-        partial(tokens, task="addition:digits=3", weights="addition_large.safetensors"),
+    "modular": token_setup("addition modulo 97 from 20 % accuracy: transformer of width 64", "modular"),
+    "addition-large": token_setup(
+        "three-digit addition from 20 % accuracy, for a GPU: width 256, 4 layers",
+        "addition:digits=3",
+        weights="addition_large",
         sequences=512,
         steps=200,
-        target=0.5,
     ),
 }
 

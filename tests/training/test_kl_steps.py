@@ -25,6 +25,7 @@ from isopo_mini.training.update_rules import (
     LayerScaledReinforce,
     NtkIsopo,
     Reinforce,
+    TrustRegion,
 )
 
 SMALL = 1e-5  # nats
@@ -337,3 +338,9 @@ class TestErrors:
             KLTargeted(Reinforce(), 0.1).step(policy, make_batch(policy), optimizer)
         assert torch.equal(flat(policy), before)
         assert optimizer.param_groups[0]["lr"] == 0.3
+
+    def test_a_rule_that_sets_the_parameters_itself_is_named(self) -> None:
+        """TRPO has a δ of its own, so this one would say nothing."""
+        policy = make_policy()
+        with pytest.raises(TypeError, match="rule: expected one that lets the optimizer step, got TrustRegion"):
+            step(KLTargeted(TrustRegion(), 0.1), policy, make_batch(policy))

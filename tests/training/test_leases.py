@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from isopo_mini.training import leases
-from isopo_mini.training.leases import held, lease, left
+from isopo_mini.training.leases import lease, left
 
 
 def leave(folder: Path, host: str, process: int, age: float = 0.0) -> Path:
@@ -21,6 +21,11 @@ def leave(folder: Path, host: str, process: int, age: float = 0.0) -> Path:
     path.write_text(json.dumps({"host": host, "process": process}))
     os.utime(path, (time.time() - age,) * 2)
     return path
+
+
+def held(folder: Path) -> list[str]:
+    """The leases that somebody holds."""
+    return sorted({path.name for path in (folder / "running").iterdir()} - set(left(folder)))
 
 
 def ended_process() -> int:
