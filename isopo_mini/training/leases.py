@@ -2,6 +2,10 @@
 
 A lease is a file that only one can create (`O_EXCL`). Its holder touches it every few seconds. One whose process is
 gone, or that nobody has touched for a minute, is void: the holder was killed, and the next who asks gets the run.
+
+Only who holds the folder's lock takes a file away, and looks again before: else the second of two who saw the same
+void lease would take away the first one's new one. The lock is the operating system's, so a process that dies leaves
+none behind.
 """
 
 import json
@@ -9,9 +13,12 @@ import os
 import socket
 import tempfile
 import threading
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock
 
 FOLDER = "running"
 BEAT, VOID = 5.0, 60.0  # seconds
@@ -26,54 +33,70 @@ def lease(folder: Path, name: str) -> Iterator[bool]:
     """
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     path = folder / FOLDER / name
-    if not (_create(path) or (_is_void(path) and _remove_void(path) and _create(path))):
+    holder = _holder()
+    if not (_create(path, holder) or (_is_void(path) and _replace_void(path, holder))):
         yield False
         return
     ended = threading.Event()
-    heart = threading.Thread(target=_beat, args=(path, ended), daemon=True)
+    heart = threading.Thread(target=_beat, args=(path, holder, ended), daemon=True)
     heart.start()
     try:
         yield True
     finally:
         ended.set()
         heart.join()
-        path.unlink(missing_ok=True)
+        with _lock(path.parent):
+            if _holder_of(path) == holder:  # not of somebody who took us for dead
+                path.unlink()
 
 
 def left(folder: Path) -> list[str]:
     """The names of the leases whose holders are gone."""
-    # Not the files of a moment that `_now_of` and `_remove_void` make, whose names begin with a dot.
+    # Not the lock, nor the files of a moment that `_now_of` makes: their names begin with a dot.
     return sorted(path.name for path in (folder / FOLDER).glob("[!.]*") if _is_void(path))
 
 
-def _create(path: Path) -> bool:
+def _holder() -> dict[str, str | int]:
+    """What tells one holder from all others, of this process too."""
+    return {"host": socket.gethostname(), "process": os.getpid(), "token": uuid.uuid4().hex}
+
+
+def _create(path: Path, holder: dict[str, str | int]) -> bool:
     """Make the file; False when it is there."""
     try:
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
         return False
     with os.fdopen(handle, "w") as file:
-        json.dump({"host": socket.gethostname(), "process": os.getpid()}, file)
+        json.dump(holder, file)
     return True
 
 
-def _beat(path: Path, ended: threading.Event) -> None:
+def _holder_of(path: Path) -> dict[str, str | int] | None:
+    """What `_create` wrote; None of one that was given back in this moment, or is not written yet."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _beat(path: Path, holder: dict[str, str | int], ended: threading.Event) -> None:
     """Show that the holder is alive, until it has ended."""
     while not ended.wait(BEAT):
-        try:
-            os.utime(path)
-        except OSError:  # removed by somebody who took us for dead
+        if _holder_of(path) != holder:  # somebody took us for dead
             return
+        with suppress(OSError):
+            os.utime(path)
 
 
 def _is_void(path: Path) -> bool:
     """Whether the holder is gone: known at once of this machine's processes, after a while of others."""
     try:
         age = _now_of(path.parent) - path.stat().st_mtime
-        holder = json.loads(path.read_text() or "{}")
-    except (OSError, ValueError):  # given back in this moment, or not written yet
+    except OSError:  # given back in this moment
         return False
-    if holder.get("host") == socket.gethostname() and os.name == "posix" and not _runs(holder["process"]):
+    holder = _holder_of(path) or {}
+    if holder.get("host") == socket.gethostname() and os.name == "posix" and not _runs(int(holder["process"])):
         return True
     return age > VOID
 
@@ -84,15 +107,17 @@ def _now_of(folder: Path) -> float:
         return os.fstat(file.fileno()).st_mtime
 
 
-def _remove_void(path: Path) -> bool:
-    """Take a void lease away; of several who try, one succeeds."""
-    away = path.with_name(f".void.{os.getpid()}.{threading.get_ident()}.{path.name}")
-    try:
-        os.rename(path, away)
-    except FileNotFoundError:
-        return False
-    away.unlink()
-    return True
+def _lock(folder: Path) -> FileLock:
+    """The folder's lock, for a moment."""
+    return FileLock(folder / ".lock")
+
+
+def _replace_void(path: Path, holder: dict[str, str | int]) -> bool:
+    """Take a void lease's place; of several who try, one succeeds."""
+    with _lock(path.parent):
+        if _is_void(path):  # still
+            path.unlink()
+        return _create(path, holder)
 
 
 def _runs(process: int) -> bool:

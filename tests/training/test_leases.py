@@ -25,7 +25,7 @@ def leave(folder: Path, host: str, process: int, age: float = 0.0) -> Path:
 
 def held(folder: Path) -> list[str]:
     """The leases that somebody holds."""
-    return sorted({path.name for path in (folder / "running").iterdir()} - set(left(folder)))
+    return sorted({path.name for path in (folder / "running").glob("[!.]*")} - set(left(folder)))
 
 
 def ended_process() -> int:
@@ -65,6 +65,35 @@ def test_of_many_who_ask_at_once_one_gets_it(tmp_path: Path) -> None:
             leave(tmp_path, leases.socket.gethostname(), ended_process())
         with ThreadPoolExecutor(8) as pool:
             assert sum(pool.map(ask, range(8))) == 1
+
+
+def test_who_sees_a_void_lease_late_takes_no_new_one_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look of one who asks and the taking, another who asks has taken it: the race that three once won."""
+    leave(tmp_path, leases.socket.gethostname(), ended_process())
+    replace = leases._replace_void
+
+    def late(*given: object) -> bool:
+        monkeypatch.setattr(leases, "_replace_void", replace)
+        with lease(tmp_path, "one") as first:
+            assert first
+            return replace(*given)
+
+    monkeypatch.setattr(leases, "_replace_void", late)
+    with lease(tmp_path, "one") as second:
+        assert not second
+
+
+def test_who_was_taken_for_dead_gives_back_nothing_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases.socket, "gethostname", lambda: "another")
+    sleeper = lease(tmp_path, "one")
+    assert sleeper.__enter__()
+    os.utime(tmp_path / "running" / "one", (0, 0))  # its machine slept
+    with lease(tmp_path, "one") as ours:
+        assert ours
+        sleeper.__exit__(None, None, None)
+        assert (tmp_path / "running" / "one").exists()
+        with lease(tmp_path, "one") as third:
+            assert not third
 
 
 def test_of_a_process_of_this_machine_that_is_gone_it_is_void_at_once(tmp_path: Path) -> None:
