@@ -1,4 +1,4 @@
-"""The long comparisons of token tasks by name: each is one command of `isopo_mini.training.experiments`.
+"""The long comparisons by name: each is one command of `isopo_mini.training.experiments`.
 
     python scripts/grids.py                      # lists them
     python scripts/grids.py addition_60          # makes results/addition_60, or goes on where it was stopped
@@ -6,7 +6,7 @@
 
 The optimizer is a part of the method: every rule is searched with every optimizer, from four step sizes a factor of
 four apart, on by factors of two. Where the search starts depends on the scale of the rule's step and on the optimizer
-alone (`STARTS`); it ends where it ends. Three seeds choose and ten others report.
+alone; it ends where it ends. Three seeds choose (on CartPole ten) and ten others report.
 """
 
 import argparse
@@ -19,33 +19,93 @@ from isopo_mini.training.optimizers import OPTIMIZERS
 REPORT_SEEDS = range(100, 110)
 FACTOR, POINTS = 4, 4
 
-# The smallest of the four step sizes, by the scale of a rule's step and the optimizer.
-STARTS = {
+# The smallest of the four step sizes, by the scale of a rule's step and the optimizer: on the transformer of the token
+# tasks, and on the small networks of bandit and CartPole.
+TRANSFORMER = {
     "gradient": {"sgd": 2.5e-4, "momentum": 3e-5, "adamw": 5e-5, "muon": 5e-5},
     "ntk": {"sgd": 2.5e-3, "momentum": 5e-4, "adamw": 5e-5, "muon": 5e-5},
     "layer": {"sgd": 0.25, "momentum": 0.03, "adamw": 5e-5, "muon": 5e-5},
     "natural": {"sgd": 2.5, "momentum": 0.3, "adamw": 5e-5, "muon": 5e-5},
     "old policy": {"sgd": 7.5e-4, "momentum": 1e-4, "adamw": 5e-5, "muon": 5e-5},
 }
-ONE_PASS = {
-    "reinforce": "gradient",
-    "layer_scaled": "layer",
-    "fisher": "layer",
-    "fisher:scale=gradient": "gradient",
-    "fisher:scale=natural": "layer",
-    "ntk:damping=0.3|1|3,gram=sketched": "ntk",
-    "ntk:damping=0.3|1|3,scale=natural,gram=sketched": "natural",
-    "ntk": "ntk",
-    "ntk:scale=natural": "natural",
+ADAPTIVE = {"adamw": 0.003, "muon": 0.003}
+SMALL_NETWORK = {
+    "gradient": {"sgd": 0.1, "momentum": 0.02} | ADAPTIVE,
+    "ntk": {"sgd": 1.0, "momentum": 0.1} | ADAPTIVE,
+    "layer": {"sgd": 0.3, "momentum": 0.03} | ADAPTIVE,
+    "natural": {"sgd": 1.0, "momentum": 0.1} | ADAPTIVE,
+    "old policy": {"sgd": 0.1, "momentum": 0.02} | ADAPTIVE,
+    "whole Fisher": {"sgd": 0.1, "momentum": 0.02} | ADAPTIVE,
+    "trust region": {"sgd": 0.001},  # a bound on the KL: there is no optimizer
 }
+ALL, ENDS = tuple(OPTIMIZERS), ("sgd", "adamw")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Rules that differ in choices which are part of the method.
+
+    Args:
+        scale: of the rule's step, a key of `TRANSFORMER` or `SMALL_NETWORK`.
+        optimizers: those it is searched with.
+    """
+
+    scale: str
+    optimizers: tuple[str, ...] = ALL
+
+
 # How a clipped loss spends its batch: four epochs, two of two minibatches, or one of four.
-SHAPES = ("", ":epochs=2,minibatches=2", ":epochs=1,minibatches=4")
-OLD_POLICY = {loss + shape: "old policy" for loss in ("ppo", "grpo", "gspo", "cispo") for shape in SHAPES}
+EPOCHS, TWO, ONE_PASS = "", ":epochs=2,minibatches=2", ":epochs=1,minibatches=4"
+SKETCHED = "ntk:damping=0.3|1|3,gram=sketched", "ntk:damping=0.3|1|3,scale=natural,gram=sketched"
+TOKENS = {
+    "reinforce": Family("gradient"),
+    "layer_scaled": Family("layer"),
+    "fisher": Family("layer"),
+    "fisher:scale=gradient": Family("gradient", ENDS),
+    "fisher:scale=natural": Family("layer", ENDS),
+    SKETCHED[0]: Family("ntk"),
+    SKETCHED[1]: Family("natural"),
+    **{loss + shape: Family("old policy") for loss in ("ppo", "grpo") for shape in (EPOCHS, TWO, ONE_PASS)},
+}
+# What the sketch estimates, and the other two clipped losses.
+MORE_TOKENS = {
+    "ntk": Family("ntk", ENDS),
+    "ntk:scale=natural": Family("natural", ENDS),
+    **{loss + shape: Family("old policy") for loss in ("gspo", "cispo") for shape in (EPOCHS, TWO, ONE_PASS)},
+}
 # {none, Fisher, NTK} × {gradient scale, natural scale} × {SGD, AdamW}, and the published Fisher norm.
 ATTRIBUTION = (
     *("reinforce", "layer_scaled", "fisher", "fisher:scale=gradient", "fisher:scale=natural"),
     *("ntk:damping=1,gram=sketched", "ntk:damping=1,scale=natural,gram=sketched"),
 )
+BANDIT = {
+    "reinforce": Family("gradient"),
+    "layer_scaled": Family("layer"),
+    "fisher": Family("layer"),
+    "exact_fisher": Family("layer"),
+    "ntk:damping=0.1|1|10": Family("ntk"),
+    "ntk:damping=0.1|1|10,scale=natural": Family("natural"),
+    "npg:damping=0.01|0.1|1": Family("whole Fisher"),
+    "trpo": Family("trust region", ("sgd",)),
+    **{loss + shape: Family("old policy") for loss in ("ppo", "cispo") for shape in (EPOCHS, TWO, ONE_PASS)},
+}
+# Losses whose paper defines the advantages.
+OWN_ADVANTAGES = {
+    **{loss + shape: Family("old policy") for loss in ("grpo", "gspo") for shape in (EPOCHS, TWO, ONE_PASS)},
+    **{loss: Family("old policy") for loss in ("dr_grpo", "dapo")},
+}
+CARTPOLE = {
+    "reinforce": Family("gradient"),
+    "layer_scaled": Family("layer"),
+    "fisher:unit=step|sequence": Family("layer"),
+    "ntk:damping=1|20|300,unit=step|sequence": Family("ntk"),
+    "ntk:damping=1|20|300,unit=step|sequence,scale=natural": Family("natural", ("sgd", "momentum")),
+    "npg:damping=0.01|0.1|1": Family("whole Fisher"),
+    "trpo": Family("trust region", ("sgd",)),
+    **{loss + shape: Family("old policy") for loss in ("ppo", "grpo", "cispo") for shape in (EPOCHS, ONE_PASS)},
+    "ppo" + TWO: Family("old policy"),
+    "gspo": Family("old policy"),
+}
 
 
 @dataclass(frozen=True)
@@ -54,34 +114,49 @@ class Grid:
 
     Args:
         task: a name of `setups.SETUPS`.
-        rules: families of rules, each with the scale of its step, a key of `STARTS`.
+        rules: the families.
         options: others of the command.
+        starts: `TRANSFORMER` or `SMALL_NETWORK`.
         report: what is reported beside the best of each family.
     """
 
     task: str
-    rules: dict[str, str]
+    rules: dict[str, Family]
     options: str
+    starts: dict[str, dict[str, float]]
     report: tuple[str, ...] = ()
 
     def command(self, name: str) -> list[str]:
         """The arguments of `python -m isopo_mini.training.experiments`."""
         rules = [
-            f"{rule}/{optimizer}@" + ",".join(f"{STARTS[scale][optimizer] * FACTOR**i:g}" for i in range(POINTS))
-            for rule, scale in self.rules.items()
-            for optimizer in OPTIMIZERS
+            f"{rule}/{optimizer}@" + ",".join(f"{start * FACTOR**i:g}" for i in range(POINTS))
+            for rule, family in self.rules.items()
+            for optimizer, start in self.starts[family.scale].items()
+            if optimizer in family.optimizers
         ]
         line = [self.task, "--rules", *rules, "--search", "--report", "best", *self.report]
         line += ["--report-seeds", *map(str, REPORT_SEEDS), *self.options.split()]
         return [*line, "--out", f"results/{name}"]
 
 
+def with_advantages(rules: dict[str, Family], name: str) -> dict[str, Family]:
+    """The same rules with these advantages."""
+    return {f"{rule}{',' if ':' in rule else ':'}advantages={name}": family for rule, family in rules.items()}
+
+
+BANDIT_OPTIONS = "--screen 1 --seeds 0 1 2"
 OPTIONS = "--screen 1 --seeds 0 1 2 --steps 60 --evaluations 15"
-IN_FULL = tuple(f"{rule}/{optimizer}" for rule in ATTRIBUTION for optimizer in ("sgd", "adamw"))
+# Three seeds promise too much there: see chapter 10.
+CARTPOLE_OPTIONS = "--screen 2 --seeds 0 1 2 3 4 5 6 7 8 9 --sequences 32 --steps 20 --evaluations 10"
+IN_FULL = tuple(f"{rule}/{optimizer}" for rule in ATTRIBUTION for optimizer in ENDS)
 GRIDS = {
-    "addition_60": Grid("addition", ONE_PASS | OLD_POLICY, OPTIONS, IN_FULL),
-    "sorting_60": Grid("sorting", ONE_PASS | OLD_POLICY, OPTIONS),
-    "modular_60": Grid("modular", ONE_PASS | OLD_POLICY, OPTIONS),
+    "bandit": Grid("bandit", BANDIT | OWN_ADVANTAGES, BANDIT_OPTIONS, SMALL_NETWORK),
+    "bandit_context_baseline": Grid("bandit", with_advantages(BANDIT, "leave_one_out"), BANDIT_OPTIONS, SMALL_NETWORK),
+    "cartpole": Grid("cartpole", CARTPOLE, CARTPOLE_OPTIONS, SMALL_NETWORK),
+    "addition_60": Grid("addition", TOKENS, OPTIONS, TRANSFORMER, IN_FULL),
+    "addition_60_more": Grid("addition", MORE_TOKENS, OPTIONS, TRANSFORMER),
+    "sorting_60": Grid("sorting", TOKENS, OPTIONS, TRANSFORMER),
+    "modular_60": Grid("modular", TOKENS, OPTIONS, TRANSFORMER),
 }
 
 
@@ -93,7 +168,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, help="runs at a time; all cores when left out")
     options = parser.parse_args()
     if options.name is None:
-        print("\n".join(f"{name:16s}{grid.task}, {len(grid.rules)} families" for name, grid in GRIDS.items()))
+        print("\n".join(f"{name:26s}{grid.task}, {len(grid.rules)} families" for name, grid in GRIDS.items()))
         return
     command = GRIDS[options.name].command(options.name)
     print("python -m isopo_mini.training.experiments", shlex.join(command))
