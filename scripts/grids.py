@@ -26,6 +26,7 @@ TRANSFORMER = {
     "ntk": {"sgd": 2.5e-3, "momentum": 5e-4, "adamw": 5e-5, "muon": 5e-5},
     "layer": {"sgd": 0.25, "momentum": 0.03, "adamw": 5e-5, "muon": 5e-5},
     "natural": {"sgd": 2.5, "momentum": 0.3, "adamw": 5e-5, "muon": 5e-5},
+    "near the best": {"sgd": 5.0},  # what the search of the last line came to, ablated
     "old policy": {"sgd": 7.5e-4, "momentum": 1e-4, "adamw": 5e-5, "muon": 5e-5},
 }
 ADAPTIVE = {"adamw": 0.003, "muon": 0.003}
@@ -106,6 +107,16 @@ CARTPOLE = {
     "ppo" + TWO: Family("old policy"),
     "gspo": Family("old policy"),
 }
+# What is changed, one at a time, in ISOPO (NTK) in its natural scale under SGD.
+WINNER = "ntk:damping=1,scale=natural,gram=sketched"
+CHANGES = (
+    *("ntk:scale=natural,microbatch_size=8", "ntk:scale=natural,microbatch_size=8,spread=true"),
+    *("ntk:scale=natural,microbatch_size=32", "ntk:scale=natural,microbatch_size=32,spread=true"),
+    *(f"ntk:damping={damping},scale=natural,gram=sketched" for damping in (0.1, 0.3, 3, 10)),
+    *(f"{WINNER},sketch_size={size}" for size in (8, 128)),
+    *(f"{WINNER},{change}" for change in ("layers=together", "unit=token", "reuse=2", "reuse=4")),
+)
+ABLATIONS = {rule: Family("near the best", ("sgd",)) for rule in (WINNER, *CHANGES)}
 
 
 @dataclass(frozen=True)
@@ -118,6 +129,7 @@ class Grid:
         options: others of the command.
         starts: `TRANSFORMER` or `SMALL_NETWORK`.
         report: what is reported beside the best of each family.
+        factor: between the first step sizes.
     """
 
     task: str
@@ -125,11 +137,12 @@ class Grid:
     options: str
     starts: dict[str, dict[str, float]]
     report: tuple[str, ...] = ()
+    factor: int = FACTOR
 
     def command(self, name: str) -> list[str]:
         """The arguments of `python -m isopo_mini.training.experiments`."""
         rules = [
-            f"{rule}/{optimizer}@" + ",".join(f"{start * FACTOR**i:g}" for i in range(POINTS))
+            f"{rule}/{optimizer}@" + ",".join(f"{start * self.factor**i:g}" for i in range(POINTS))
             for rule, family in self.rules.items()
             for optimizer, start in self.starts[family.scale].items()
             if optimizer in family.optimizers
@@ -155,6 +168,7 @@ GRIDS = {
     "cartpole": Grid("cartpole", CARTPOLE, CARTPOLE_OPTIONS, SMALL_NETWORK),
     "addition_60": Grid("addition", TOKENS, OPTIONS, TRANSFORMER, IN_FULL),
     "addition_60_more": Grid("addition", MORE_TOKENS, OPTIONS, TRANSFORMER),
+    "ablations": Grid("addition", ABLATIONS, OPTIONS, TRANSFORMER, factor=2),
     "sorting_60": Grid("sorting", TOKENS, OPTIONS, TRANSFORMER),
     "modular_60": Grid("modular", TOKENS, OPTIONS, TRANSFORMER),
 }

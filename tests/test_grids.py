@@ -26,7 +26,7 @@ def test_every_rule_is_searched_alike(name: str) -> None:
         assert {text.rpartition("/")[2] for text in members} == set(one.rules[rule].optimizers) <= set(OPTIMIZERS)
     for some in sizes.values():
         assert len(some) == grids.POINTS
-        assert all(b / a == pytest.approx(grids.FACTOR, rel=1e-4) for a, b in itertools.pairwise(some))
+        assert all(b / a == pytest.approx(one.factor, rel=1e-4) for a, b in itertools.pairwise(some))
     assert set(one.report) <= set(sizes)
     assert grid(one.task, sizes, [0], steps=1), "settings that a run accepts"
 
