@@ -110,11 +110,12 @@ CARTPOLE = {
 # What is changed, one at a time, in ISOPO (NTK) in its natural scale under SGD.
 WINNER = "ntk:damping=1,scale=natural,gram=sketched"
 CHANGES = (
-    *("ntk:scale=natural,microbatch_size=8", "ntk:scale=natural,microbatch_size=8,spread=true"),
-    *("ntk:scale=natural,microbatch_size=32", "ntk:scale=natural,microbatch_size=32,spread=true"),
+    *("ntk:scale=natural,microbatch_size=8", "ntk:scale=natural,microbatch_size=32"),
+    *("ntk:scale=natural,microbatch_size=32,spread=true", f"{WINNER},microbatch_size=64"),
     *(f"ntk:damping={damping},scale=natural,gram=sketched" for damping in (0.1, 0.3, 3, 10)),
     *(f"{WINNER},sketch_size={size}" for size in (8, 128)),
-    *(f"{WINNER},{change}" for change in ("layers=together", "unit=token", "reuse=2", "reuse=4")),
+    *(f"{WINNER},{change}" for change in ("layers=together", "reuse=2", "reuse=4")),
+    f"{WINNER},microbatch_size=256,unit=token",  # 256 tokens are 64 answers
 )
 ABLATIONS = {rule: Family("near the best", ("sgd",)) for rule in (WINNER, *CHANGES)}
 
