@@ -41,15 +41,19 @@ def largest_exponent(dtype: torch.dtype) -> float:
     return math.log(torch.finfo(dtype).max) * (1 - torch.finfo(dtype).eps)
 
 
+class DoesNotFit(FloatingPointError, ValueError):
+    """A number that was computed does not fit its dtype. In training it means that the run has diverged."""
+
+
 def require_fits(name: str, result: Tensor) -> Tensor:
     """The result itself, after a look at whether it is finite. `name` says what was computed, and from what.
 
     Raises:
-        ValueError: an entry does not fit the dtype.
+        DoesNotFit: an entry does not fit the dtype; it is a ValueError.
     """
     finite = torch.isfinite(result)
     if not finite.all():
         index = tuple(torch.nonzero(~finite)[0].tolist())
         kind = str(result.dtype).removeprefix("torch.")
-        raise ValueError(f"{name}: expected numbers that fit {kind}, got {result[index].item()} at index {index}")
+        raise DoesNotFit(f"{name}: expected numbers that fit {kind}, got {result[index].item()} at index {index}")
     return result

@@ -96,8 +96,8 @@ class _Watched:
 def run(settings: Run) -> dict[str, Any]:
     """Train once, in this process and on one thread, and return the record.
 
-    A run that diverges (numbers that are not finite, or an error once the policy's logits are beyond all measure) is a
-    record too: its return is the task's lowest from there on.
+    A run that diverges (numbers that are not finite or do not fit, or an error once the policy's logits are beyond all
+    measure) is a record too: its return is the task's lowest from there on.
 
     Returns:
         A dict that JSON can hold, numbers cut to five digits: `run`, the settings; `start`, of the first weights

@@ -173,6 +173,12 @@ class TestDiverged:
         assert record["status"] == "diverged"
         json.dumps(record, allow_nan=False)
 
+    def test_a_rule_whose_numbers_do_not_fit_has_broken_down(self) -> None:
+        """A policy so sure that the norm of a score is 0 has modest logits, and nothing that a step could be made of."""
+        record = run(Run("bandit", "exact_fisher", 19.2, 0, optimizer="sgd"))
+        assert record["status"] == "diverged"
+        assert "expected numbers that fit float32" in record["stopped"]
+
     def test_a_return_that_is_no_number_counts_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
         calls = iter([0.5, 0.6, math.nan])
         monkeypatch.setattr(ContextualBandit, "evaluate", lambda *_: {"return": next(calls)})
