@@ -174,7 +174,7 @@ class TestDiverged:
         json.dumps(record, allow_nan=False)
 
     def test_a_rule_whose_numbers_do_not_fit_has_broken_down(self) -> None:
-        """A policy so sure that the norm of a score is 0 has modest logits, and nothing that a step could be made of."""
+        """A policy so sure that a score has norm 0 has modest logits, and nothing to make a step of."""
         record = run(Run("bandit", "exact_fisher", 19.2, 0, optimizer="sgd"))
         assert record["status"] == "diverged"
         assert "expected numbers that fit float32" in record["stopped"]
