@@ -22,18 +22,20 @@ from isopo_mini.training.provenance import provenance, write_table
 from isopo_mini.training.rule_specs import make_rule
 from isopo_mini.training.setups import SETUPS, setup_of
 
+# How a clipped loss spends its batch: four epochs, two of two minibatches, or one of four.
+SHAPES = ("", ":epochs=2,minibatches=2", ":epochs=1,minibatches=4")
 RULES = (
     "reinforce",
+    "layer_scaled",
     "fisher",
     "ntk",
     "ntk:gram=sketched",
+    "ntk:scale=natural",
+    "ntk:scale=natural,gram=sketched",
     "ntk:microbatch_size=32",
-    "ppo",
-    "grpo",
+    *(f"{loss}{shape}" for loss in ("ppo", "grpo", "gspo", "cispo") for shape in SHAPES),
     "dr_grpo",
     "dapo",
-    "gspo",
-    "cispo",
     "copg",
 )
 

@@ -25,6 +25,8 @@ METHODS: dict[str, tuple[str, Any]] = {
     "ISOPO (Fisher)": ("#D55E00", SOLID),
     "ISOPO (NTK)": ("#009E73", SOLID),
     "ISOPO (NTK, sketched)": ("#225555", DOTTED),
+    "ISOPO (NTK, natural)": ("#AA3377", SOLID),
+    "Layer scale": ("#5566DD", DOTTED),
     "TRPO": ("#997700", DOTTED),
     "PPO": ("#EE3377", DASHED),
     "GRPO": ("#6699CC", DASHED),
