@@ -61,7 +61,17 @@ def read(records: Path, root: Path = ROOT) -> list[Record]:
         if holding:  # else a chapter that has been edited since
             numbers = cells[holding[0]]
             found += [line | {"chapter": holding[0], "cell": numbers[line["source"]]} for line in lines]
-    return sorted(found, key=lambda record: (record["chapter"], record["cell"], record.get("line") or 0))
+
+    def place(record: Record) -> tuple[Any, ...]:
+        return *reading_order(record["chapter"]), record["cell"], record.get("line") or 0
+
+    return sorted(found, key=place)
+
+
+def reading_order(chapter: str) -> tuple[bool, str, str]:
+    """Sorts chapters as the book has them: the index, then by the number that a file's name begins with."""
+    name = Path(chapter).name
+    return name != "index.ipynb", name, chapter
 
 
 def quoted(text: str, mark: str, count: int | None = None) -> str:

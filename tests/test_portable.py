@@ -204,3 +204,9 @@ def test_the_page_of_claims_says_both_sides_and_what_is_left(monkeypatch: pytest
 
 def test_torch_is_left_alone_in_this_process() -> None:
     assert torch.Generator().manual_seed(3).initial_seed() == 3
+
+
+def test_chapters_are_listed_as_the_book_has_them() -> None:
+    """By folder, `experiments` would come before `foundations`."""
+    names = ["book/experiments/09_bandits.ipynb", "book/foundations/01_policies.ipynb", "book/index.ipynb"]
+    assert sorted(names, key=chapter_records.reading_order) == names[::-1]
