@@ -6,7 +6,7 @@ again, in any order of them.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -183,12 +183,39 @@ def summary(records: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame:
     """
     reporting = _sound(records, "report")
     rows = []
-    for choice in best_learning_rates(records).to_dict("records"):
-        same = pd.Series(True, index=reporting.index)
-        for name in (*_GROUP, "learning_rate"):
-            same &= reporting[name] == choice[name]
-        rows.append({str(name): value for name, value in choice.items()} | _reported(reporting[same], confidence))
+    for _, choice in best_learning_rates(records).iterrows():
+        rows.append(choice.to_dict() | _reported(reports_of(reporting, choice), confidence))
     return pd.DataFrame(rows)
+
+
+def best_members(records: pd.DataFrame, method_of: Callable[[str], str | None]) -> pd.DataFrame:
+    """Of every method the member that the choosing seeds prefer, among those that were reported.
+
+    Args:
+        records: of `load_records`.
+        method_of: of which method a rule is one choice; None for a rule to be left out.
+
+    Returns:
+        Rows of `summary`, by method, the highest `score` first.
+
+    Raises:
+        ValueError: see `summary`; or none of the rules was reported.
+    """
+    table = summary(records)
+    table = table.assign(method=table["rule"].map(method_of)).dropna(subset="method")
+    table = table[table["seeds"] > 0]
+    if table.empty:
+        raise ValueError("records: expected runs of the phase 'report' of at least one method, got none")
+    best = table.loc[table.groupby("method")["choose_score"].idxmax()]
+    return best.set_index("method").sort_values("score", ascending=False)
+
+
+def reports_of(records: pd.DataFrame, member: pd.Series) -> pd.DataFrame:
+    """The reporting runs of a row of `summary` or `best_members`, in the order of their seeds."""
+    same = records["phase"] == "report"
+    for name in (*_GROUP, "learning_rate"):
+        same &= records[name] == member[name]
+    return records[same].sort_values("seed", ignore_index=True)
 
 
 def _sound(records: pd.DataFrame, phase: str) -> pd.DataFrame:

@@ -186,6 +186,39 @@ class TestSummary:
         assert math.isnan(row["score_low"])
 
 
+class TestBestMembers:
+    """Two methods; of ntk two dampings were reported, of which the choosing seeds prefer the one that did worse."""
+
+    runs = records.as_table(
+        [
+            *grid({0.1: [0.4, 0.6], 0.2: [0.1, 0.1]}, "ntk:damping=1"),
+            *grid({0.1: [0.6, 0.6], 0.2: [0.1, 0.1]}, "ntk:damping=3"),
+            *grid({0.1: [0.9, 0.9]}, "ntk:damping=9"),  # best of all, and not reported
+            *grid({0.3: [0.2, 0.2]}, "ppo"),
+            *grid({0.1: [0.8, 0.7]}, "ntk:damping=1", "report", 100),
+            *grid({0.1: [0.5, 0.3]}, "ntk:damping=3", "report", 100),
+            *grid({0.3: [0.6, 0.7]}, "ppo", "report", 100),
+        ]
+    )
+
+    def test_the_choosing_seeds_decide_and_the_reporting_seeds_order(self) -> None:
+        best = records.best_members(self.runs, lambda rule: rule.split(":")[0])
+        assert best.index.to_list() == ["ppo", "ntk"]
+        assert best.loc["ntk", "rule"] == "ntk:damping=3"
+        assert best.loc["ntk", "score"] == pytest.approx(0.4)
+
+    def test_a_rule_of_no_method_is_left_out(self) -> None:
+        best = records.best_members(self.runs, {"ntk:damping=1": "ISOPO"}.get)
+        assert best["rule"].to_dict() == {"ISOPO": "ntk:damping=1"}
+        with pytest.raises(ValueError, match="records: expected runs of the phase 'report' of at least one method"):
+            records.best_members(self.runs, lambda rule: None)
+
+    def test_the_runs_of_a_member_are_its_reporting_ones_by_seed(self) -> None:
+        member = records.best_members(self.runs, {"ntk:damping=1": "ISOPO"}.get).loc["ISOPO"]
+        found = records.reports_of(self.runs.iloc[::-1], member)
+        assert found[["seed", "score"]].to_numpy().tolist() == [[100, 0.8], [101, 0.7]]
+
+
 def test_curves_have_one_row_an_evaluation() -> None:
     first = record("ntk", 0.1, 0, 0.5)
     first["curve"] |= {"kl": [None, 0.02]}
