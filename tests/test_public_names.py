@@ -41,6 +41,7 @@ CONTRACT: dict[str, str] = {
     "geometry.isopo.ntk_coefficients": "gram advantages damping scale",
     "geometry.isopo.fisher_norms": "gram",
     "geometry.isopo.participation_ratio": "gram",
+    "geometry.isopo.damping_share": "gram damping",
     "geometry.isopo.normalized_coefficients": "norms advantages power",
     "geometry.gram.dense": "left right",
     "geometry.gram.ghost": "left right",

@@ -121,6 +121,35 @@ def participation_ratio(gram: Float[Tensor, "S S"]) -> Float[Tensor, ""]:
     return torch.where(largest == 0, 0.0, ratio).to(at_least_float32(gram).dtype)
 
 
+def damping_share(gram: Float[Tensor, "S S"], damping: float | Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """λ/μ_max, with μ_max the largest eigenvalue of K: how the damping compares with the top direction.
+
+    The damped natural gradient leaves λ/(λ + μ) of what REINFORCE has along a direction of eigenvalue μ, so along the
+    top one it leaves share/(1 + share). The same ρ has another share in every layer and task: λ = ρ·tr K/S, so the
+    share is ρ/S for a K of one direction and ρ where all S are equal.
+
+    Args:
+        gram: K, symmetric and positive semi-definite.
+        damping: λ ≥ 0, in the units of K.
+
+    Returns:
+        A number without units, in at least single precision; infinite for K = 0.
+
+    Raises:
+        ValueError: `gram` is not square or not finite, or the damping is negative or not finite.
+
+    Example:
+        >>> import torch
+        >>> damping_share(torch.diag(torch.tensor([4.0, 1.0])), 1.0)
+        tensor(0.2500)
+    """
+    _check_gram(gram)
+    checks.require_at_least("damping", float(damping), 0.0)
+    largest = torch.linalg.eigvalsh(gram.double())[-1].clamp_min(0.0)  # rounding can leave -1e-17
+    share = torch.as_tensor(damping, dtype=torch.float64, device=gram.device) / largest
+    return torch.where(largest == 0, torch.inf, share).to(at_least_float32(gram).dtype)
+
+
 def fisher_norms(gram: Float[Tensor, "S S"]) -> Float[Tensor, "S"]:
     """‖g_s‖_F = √((1/S) Σ_s' K_ss'²) = √(g_sᵀ F̂ g_s), with the sequence-level empirical Fisher F̂ = SᵀS/S.
 

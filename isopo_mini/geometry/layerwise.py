@@ -166,6 +166,15 @@ class Isopo:
         for averages in self._averages.values():
             averages.end_step()
 
+    def noted(self, name: str) -> dict[str, Tensor]:
+        """What the transform noted of each layer since the last `end_step`, the mean over its microbatches.
+
+        Args:
+            name: of the number; `NTK(spectra=True)` notes `"participation"` and `"damping_share"`.
+        """
+        noted = {layer: averages.noted() for layer, averages in self._averages.items()}
+        return {layer: of_layer[name] for layer, of_layer in noted.items() if name in of_layer}
+
     def state_dict(self) -> dict[str, Tensor]:
         """The moving averages, as `{"layer/name": value}`, ready for safetensors."""
         return {

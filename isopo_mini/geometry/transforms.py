@@ -31,14 +31,24 @@ class MovingAverages:
         self.decay = decay
         self.history: dict[str, Tensor] = {}
         self._pending: dict[str, list[Tensor]] = {}
+        self._noted: dict[str, list[Tensor]] = {}
 
     def blend(self, name: str, value: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """decay·history + (1 − decay)·value."""
         self._pending.setdefault(name, []).append(value)
         return self._update(name, value)
 
+    def note(self, name: str, value: Float[Tensor, ""]) -> None:
+        """Keep a number for `noted`; it has no part in any average."""
+        self._noted.setdefault(name, []).append(value)
+
+    def noted(self) -> dict[str, Tensor]:
+        """Mean over the microbatches of what was noted since the last `end_step`, by name."""
+        return {name: torch.stack(values).mean() for name, values in self._noted.items()}
+
     def end_step(self) -> None:
         """Fold the values seen since the last call into the history."""
+        self._noted.clear()
         for name, values in self._pending.items():
             folded = self._update(name, values[0] if len(values) == 1 else _mean_of_finite(torch.stack(values)))
             unchanged = self.history[name].to(folded) if name in self.history else torch.nan
@@ -48,6 +58,7 @@ class MovingAverages:
     def forget_pending(self) -> None:
         """Drop the values of a step that was abandoned."""
         self._pending.clear()
+        self._noted.clear()
 
     def _update(self, name: str, value: Tensor) -> Tensor:
         if name not in self.history:
@@ -82,6 +93,9 @@ class NTK:
             gradient.
         scale: `"gradient"`: with the factor λ, as in the public code, for an optimizer such as AdamW, which undoes it;
             `"natural"`: without, for SGD. See `isopo.ntk_coefficients`.
+        spectra: note two numbers of every layer's K (`MovingAverages.note`), which cost its eigenvalues:
+            `"participation"` (`isopo.participation_ratio`) and `"damping_share"`, λ over the largest eigenvalue, which
+            says what ρ does to the top direction there, in any layer of any model.
 
     Raises:
         ValueError: ρ is not positive, or the scale is unknown.
@@ -89,6 +103,7 @@ class NTK:
 
     damping: float = 1.0
     scale: str = "gradient"
+    spectra: bool = False
 
     def __post_init__(self) -> None:
         checks.require_positive("damping", self.damping)
@@ -109,7 +124,17 @@ class NTK:
             above_rounding = isopo.is_above_rounding(self.damping, gram)
             solver = isopo.solve_ntk if above_rounding else isopo.solve_ntk_by_eigenvalues
             coefficients = solver(gram, advantages, damping)
+        if self.spectra:
+            if columns is not None:
+                gram = columns.double().mT @ columns.double()  # GᵀG has the eigenvalues of GGᵀ, but for zeros
+            self._note_spectrum(gram, damping, averages)
         return coefficients if self.scale == "gradient" else isopo.over_scale(coefficients, damping)
+
+    def _note_spectrum(self, gram: Float[Tensor, "S S"], damping: Float[Tensor, ""], averages: MovingAverages) -> None:
+        """Both numbers of K; none of a step that is not finite, which a `GradScaler` skips."""
+        if gram.isfinite().all():
+            averages.note("participation", isopo.participation_ratio(gram))
+            averages.note("damping_share", isopo.damping_share(gram, damping))
 
 
 @dataclass(frozen=True)

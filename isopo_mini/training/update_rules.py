@@ -186,9 +186,14 @@ class LayerwiseIsopo:
             with engine.microbatch(weights[start : start + len(part)], part.mask):
                 (-log_prob(policy, part).sum()).backward()
             start += len(part)
-        metrics = finish(policy, optimizer)
+        metrics = finish(policy, optimizer) | self._spectra(engine)
         engine.end_step()
         return metrics
+
+    def _spectra(self, engine: Isopo) -> dict[str, float]:
+        """The median layer's number of each kind that the transform noted: nothing, unless it was asked to."""
+        noted = {name: list(engine.noted(name).values()) for name in ("participation", "damping_share")}
+        return {name: torch.stack(values).median().item() for name, values in noted.items() if values}
 
     def _engine_of(self, policy: Any) -> Isopo:
         """The engine of this policy. Another policy gets a new one, since the moving averages are of its layers."""
@@ -211,11 +216,14 @@ class NtkIsopo(LayerwiseIsopo):
         damping: ρ.
         scale: `"gradient"`, of the public code, which AdamW belongs to; or `"natural"`, the damped natural gradient
             itself, which SGD belongs to. See `geometry.isopo.ntk_coefficients`.
+        spectra: two more metrics, of the median layer: `participation`, how many directions share its gradients, and
+            `damping_share`, λ over the largest eigenvalue. They make one ρ comparable with another task's, and cost
+            the eigenvalues of every K.
         **options: see `LayerwiseIsopo`.
     """
 
-    def __init__(self, damping: float = 1.0, scale: str = "gradient", **options: Any) -> None:
-        super().__init__(NTK(damping, scale), **options)
+    def __init__(self, damping: float = 1.0, scale: str = "gradient", spectra: bool = False, **options: Any) -> None:
+        super().__init__(NTK(damping, scale, spectra), **options)
 
 
 class LayerScaledReinforce(LayerwiseIsopo):

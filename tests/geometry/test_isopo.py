@@ -106,6 +106,39 @@ def test_the_participation_ratio_of_what_is_no_gram_matrix() -> None:
         isopo.participation_ratio(torch.full((2, 2), torch.inf))
 
 
+@settings(max_examples=25, deadline=None)
+@given(sequences=st.integers(1, 7), parameters=st.integers(1, 9), seed=st.integers(0, 99))
+def test_the_damping_share_says_what_is_left_of_the_top_direction(sequences: int, parameters: int, seed: int) -> None:
+    scores, _ = random_scores(sequences, parameters, seed)
+    left, sizes, _ = torch.linalg.svd(scores, full_matrices=False)
+    share = isopo.damping_share(scores @ scores.T, 0.3)
+    torch.testing.assert_close(share, 0.3 / sizes[0].square(), rtol=1e-10, atol=0.0)
+    kept = isopo.ntk_coefficients(
+        scores @ scores.T, left[:, 0], 0.3
+    )  # of REINFORCE's coefficients along that direction
+    torch.testing.assert_close(kept, share / (1 + share) * left[:, 0], rtol=1e-8, atol=1e-10)
+
+
+def test_the_damping_share_has_no_units() -> None:
+    for size in (1e-200, 1.0, 1e200):
+        K = size * torch.diag(torch.tensor([4.0, 1.0, 0.0], dtype=torch.float64))
+        torch.testing.assert_close(isopo.damping_share(K, size).item(), 0.25)
+    single = isopo.damping_share(1e-30 * torch.eye(2), 1e-30)
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.item(), 1.0)
+    assert isopo.damping_share(torch.zeros(3, 3), 1.0) == torch.inf
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_damping_share_of_what_is_no_gram_matrix_or_damping() -> None:
+    with pytest.raises(ValueError, match=r"gram: expected shape \(S S\), got \(2, 3\)"):
+        isopo.damping_share(torch.ones(2, 3), 1.0)
+    with pytest.raises(ValueError, match="gram: expected finite numbers"):
+        isopo.damping_share(torch.full((2, 2), torch.inf), 1.0)
+    with pytest.raises(ValueError, match="damping: expected a finite number >= 0, got -1"):
+        isopo.damping_share(torch.eye(2), -1.0)
+
+
 def test_fisher_norms_are_quadratic_forms_of_the_empirical_fisher() -> None:
     scores, _ = random_scores()
     fisher = scores.T @ scores / scores.shape[0]

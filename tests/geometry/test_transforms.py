@@ -94,7 +94,12 @@ class TestMovingAverages:
         assert averages.blend("norm", number(7.0)) == 7.0
 
 
-TRANSFORMS = [NTK(0.1), FisherNormalized(strength=0.1), FisherNormalized("token", 0.5, 1.0, 0.3, strength=0.1)]
+TRANSFORMS = [
+    NTK(0.1),
+    NTK(0.1, spectra=True),
+    FisherNormalized(strength=0.1),
+    FisherNormalized("token", 0.5, 1.0, 0.3, strength=0.1),
+]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

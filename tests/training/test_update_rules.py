@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -10,6 +11,7 @@ import torch
 
 from isopo_mini.batch import Batch
 from isopo_mini.geometry import fisher, isopo, natural_gradient
+from isopo_mini.geometry.layerwise import gram_matrices
 from isopo_mini.policies import MLP, CausalTransformer, TabularSoftmax
 from isopo_mini.tasks.bandit import ContextualBandit
 from isopo_mini.training import diagnostics
@@ -44,6 +46,7 @@ RULES: dict[str, Callable[[], Any]] = {
     "ISOPO (Fisher), tokens": lambda: FisherNormalizedIsopo("token"),
     "ISOPO (Fisher), exact": ExactFisherIsopo,
     "ISOPO (NTK), natural": lambda: NtkIsopo(scale="natural"),
+    "ISOPO (NTK), with its spectra": lambda: NtkIsopo(spectra=True),
     "ISOPO (Fisher), in the scale of the gradient": lambda: FisherNormalizedIsopo(scale="gradient"),
     "ISOPO (Fisher), natural": lambda: FisherNormalizedIsopo(scale="natural"),
     "layer scaled": LayerScaledReinforce,
@@ -66,6 +69,7 @@ RULES: dict[str, Callable[[], Any]] = {
 METRICS = {"backward_passes", "gradient_norm", "cg_iterations"}
 METRICS |= {"ratio_mean", "clip_fraction", "kl_old"}  # of the clipped surrogates
 METRICS |= {"step_fraction", "kl_step", "surrogate_gain"}  # of the trust region
+METRICS |= {"participation", "damping_share"}  # of the NTK, if its spectra are asked for
 
 
 def make_bandit(seed: int = 0) -> ContextualBandit:
@@ -281,6 +285,30 @@ def test_a_transformer_takes_every_layerwise_rule() -> None:
         before = diagnostics.snapshot(policy)
         rule.step(policy, batch, torch.optim.AdamW(policy.parameters(), lr=1e-2, weight_decay=0.0))
         assert min(diagnostics.update_norms(before, policy).values()) > 0  # every parameter has moved
+
+
+def test_the_spectra_of_a_step_are_those_of_its_gram_matrices() -> None:
+    policy = make_policy()  # layers of 48 and 27 parameters: with 60 sequences one of them goes by its columns
+    batch = make_batch(policy, 120)
+    sizes: dict[str, list[tuple[str, torch.Tensor]]] = {"participation": [], "damping_share": []}
+    for part in batch.microbatches(60):
+        for name, K in gram_matrices(policy, partial(policy.log_prob, part)).items():
+            eigenvalues = torch.linalg.eigvalsh(K)
+            sizes["participation"].append((name, eigenvalues.sum().square() / eigenvalues.square().sum()))
+            sizes["damping_share"].append((name, 0.3 * eigenvalues.mean() / eigenvalues[-1]))
+    metrics = NtkIsopo(0.3, spectra=True, microbatch_size=60).step(
+        policy, batch, torch.optim.SGD(policy.parameters(), lr=0.1)
+    )
+    for name, found in sizes.items():
+        layers = sorted({layer for layer, _ in found})
+        means = [torch.stack([value for layer, value in found if layer == one]).mean() for one in layers]
+        assert metrics[name] == pytest.approx(torch.stack(means).median().item(), rel=1e-8)
+
+
+def test_spectra_change_nothing_but_the_metrics() -> None:
+    batch = make_batch(make_policy())
+    plain, watched = (direction(NtkIsopo(0.3, spectra=spectra), make_policy(), batch) for spectra in (False, True))
+    assert torch.equal(plain, watched)
 
 
 def test_another_policy_starts_with_its_own_averages() -> None:
