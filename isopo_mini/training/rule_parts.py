@@ -39,6 +39,36 @@ def standardised_advantages(batch: Batch) -> Float[Tensor, "S"]:
     return group_advantages(batch.total_rewards(), _groups(batch), scale="std")
 
 
+def with_entropy(function: Advantages, bonus: float) -> Advantages:
+    """Advantages with a bonus for actions that were improbable: A_s − β(log π(y_s) − mean of it over the batch).
+
+    E[−log π(y) ∇log π(y)] = ∇H, the gradient of the entropy, so REINFORCE with them climbs J + βH: a bonus that is an
+    advantage like any other, and which a Gram matrix transforms with them. Where there is one advantage a position, it
+    gets the surprise of that position's action alone. log π is that of the batch, so of the policy that sampled it: in
+    the second epoch on a batch that is the old one.
+
+    Args:
+        function: computes A, `(S,)` or `(S, T)`.
+        bonus: β ≥ 0, in rewards a nat.
+
+    Source: the entropy term of Williams & Peng (1991), *Function optimization using connectionist reinforcement
+    learning algorithms*.
+    """
+    checks.require_at_least("entropy", bonus, 0.0)
+
+    def advantages(batch: Batch) -> Tensor:
+        plain = function(batch)
+        log_probs = batch.log_probs.masked_fill(~batch.mask, 0.0)
+        if plain.ndim == 2:
+            mean = log_probs.sum() / batch.mask.sum()
+        else:
+            log_probs = log_probs.sum(dim=1)
+            mean = log_probs.mean()
+        return plain - bonus * (log_probs - mean).to(plain.dtype)
+
+    return advantages
+
+
 def advantages_of(
     function: Advantages, batch: Batch, *, by_position: bool = False
 ) -> Float[Tensor, "S"] | Float[Tensor, "S T"]:

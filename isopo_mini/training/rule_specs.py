@@ -1,10 +1,11 @@
 """Update rules by name: `"ntk:damping=0.1,microbatch_size=32"` is a rule, and its text is its label in every table.
 
 A specification is a name of `RULES` and options: those of the rule's class, those of its loss for the clipped
-surrogates, and four of every rule or of most:
+surrogates, and five of every rule or of most:
 
 - `advantages=`: a name of the task's `advantages`. Without it a rule takes what its paper defines (GRPO and its
   relatives), and all others take the same, the task's.
+- `entropy=β`: an entropy bonus as a part of the advantages, see `rule_parts.with_entropy`.
 - `unit=`: what gets one advantage, `sequence`, `step` or `token`.
 - `reuse=K`: a one-step rule applied K times to the same batch, which is stale from the second time on.
 - `step=kl`: the step size is not the optimizer's learning rate but δ, in nats a position: see `kl_steps.KLTargeted`.
@@ -24,7 +25,7 @@ from isopo_mini.objectives.losses import LOSSES
 from isopo_mini.training.kl_steps import KLTargeted
 from isopo_mini.training.loop import UpdateRule
 from isopo_mini.training.old_policy_rules import ClippedSurrogate, TrustRegion
-from isopo_mini.training.rule_parts import Advantages
+from isopo_mini.training.rule_parts import Advantages, with_entropy
 from isopo_mini.training.update_rules import (
     ExactFisherIsopo,
     FisherNormalizedIsopo,
@@ -128,7 +129,7 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
 def options_of(name: str) -> list[str]:
     """The options that a rule of `RULES` takes."""
     named = RULES[name]
-    taken = _keywords(named.make)
+    taken = _keywords(named.make) | {"entropy"}
     if named.make in (NtkIsopo, FisherNormalizedIsopo, LayerScaledReinforce):
         taken |= _keywords(LayerwiseIsopo)
     if named.make is ClippedSurrogate:
@@ -168,7 +169,7 @@ def make_rule(
     named = RULES[name]
     known = options_of(name)
     options = dict(named.defaults) | options
-    reuse, step = options.pop("reuse", 1), options.pop("step", "rate")
+    reuse, step, entropy = options.pop("reuse", 1), options.pop("step", "rate"), options.pop("entropy", 0)
     checks.require_choice("step", step, ("rate", "kl"))
     if "unit" in known and named.advantages is None:
         options.setdefault("unit", unit)
@@ -179,7 +180,8 @@ def make_rule(
     stepwise = by_step if by_step and (named.by_step or options.get("unit") == "step") else None
     chosen = options.pop("advantages", named.advantages or stepwise or default)
     checks.require_choice("advantages", chosen, tuple(advantages))
-    rule = named.make(advantages=advantages[chosen], **options)
+    function = with_entropy(advantages[chosen], entropy) if entropy else advantages[chosen]
+    rule = named.make(advantages=function, **options)
     if reuse != 1:
         rule = Reuse(rule, reuse)
     return KLTargeted(rule, step_size if step_size is not None else 0.01) if step == "kl" else rule

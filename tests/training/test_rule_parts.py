@@ -1,7 +1,7 @@
 """The unit of a rule: what gets one advantage and one coefficient."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from isopo_mini.training.rule_parts import (
     cut,
     standardised_advantages,
     weigh,
+    with_entropy,
 )
 from isopo_mini.training.update_rules import (
     ClippedSurrogate,
@@ -47,6 +48,10 @@ every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def make_policy() -> MLP:
     torch.manual_seed(1)
     return MLP(5, 3, hidden=(6,)).double()
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def make_batch(positions: int = 4, rewards_by_step: bool = True) -> Batch:
@@ -208,3 +213,28 @@ def test_advantages_are_checked() -> None:
     assert torch.equal(
         at_positions(torch.ones(6), batch), batch.mask.float()
     )  # one a sequence goes to each of its actions, and to no padding
+
+
+class TestEntropy:
+    def test_the_bonus_climbs_the_entropy(self) -> None:
+        """Every action once, weighed by its probability: the expectation, and so autograd's ∇H."""
+        policy = make_policy()
+        observation = torch.randn(1, 1, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        log_probs = policy.logits(observation).log_softmax(-1)[0].T  # (3 actions, 1)
+        expected = flat(torch.autograd.grad(-(log_probs.exp() * log_probs).sum(), list(policy.parameters())))
+        every = torch.arange(3)[:, None]
+        rows = observation.expand(3, 1, 5)
+        batch = Batch(rows, every, torch.ones(3, 1).bool(), torch.zeros(3).double(), log_probs.detach())
+        bonus = with_entropy(lambda of: torch.zeros(len(of)).double(), 0.7)(batch)
+        assert bonus.mean().abs() < 1e-12
+        objective = (log_probs.detach()[:, 0].exp() * bonus * policy.log_prob(batch)[:, 0]).sum()
+        torch.testing.assert_close(flat(torch.autograd.grad(objective, list(policy.parameters()))), 0.7 * expected)
+
+    def test_one_advantage_a_sequence_or_a_position(self) -> None:
+        batch = make_batch()
+        surprise = -batch.log_probs * batch.mask
+        whole = with_entropy(batch_advantages, 2.0)(batch) - batch_advantages(batch)
+        torch.testing.assert_close(whole, 2 * (surprise.sum(1) - surprise.sum(1).mean()))
+        by_position = with_entropy(lambda of: of.rewards, 2.0)(batch) - batch.rewards
+        real = surprise[batch.mask]
+        torch.testing.assert_close(by_position[batch.mask], 2 * (real - real.mean()))

@@ -1,5 +1,6 @@
 """Rules by name: what a text means, that every name works, and which advantages and units a rule gets."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from isopo_mini.batch import Batch
 from isopo_mini.policies import MLP
 from isopo_mini.tasks import ContextualBandit
-from isopo_mini.training import rule_specs
+from isopo_mini.training import diagnostics, rule_specs
 from isopo_mini.training.kl_steps import KLTargeted
 from isopo_mini.training.old_policy_rules import ClippedSurrogate, TrustRegion
 from isopo_mini.training.rule_specs import RULES, Reuse, make_rule, options_of, parse
@@ -69,7 +70,7 @@ class TestParse:
         [
             ("isopo", f"rule: expected one of {', '.join(RULES)}, got 'isopo'"),
             ("", "rule: expected one of reinforce, .*, got ''"),
-            ("ntk:dampng=1", r"rule: expected ntk:option=value,… .* of .*damping, gram.*; got 'dampng=1'"),
+            ("ntk:dampng=1", r"rule: expected ntk:option=value,… .* of .*damping, entropy, gram.*; got 'dampng=1'"),
             ("ntk:damping", "got 'damping'"),
             ("ntk:damping=1,damping=2", "each option once, .*got 'damping=2'"),
             ("grpo:dialect=trl", "of advantages, aggregate, clip_high.*got 'dialect=trl'"),
@@ -77,7 +78,7 @@ class TestParse:
             ("trpo:max_kl=0.1", "got 'max_kl=0.1'"),  # that is its step size
             ("trpo:step=kl", "got 'step=kl'"),  # which is a KL anyway
             ("reinforce:scale=natural", "got 'scale=natural'"),
-            ("layer_scaled:damping=1", "of advantages, gram, layers, .*got 'damping=1'"),
+            ("layer_scaled:damping=1", "of advantages, entropy, gram, layers, .*got 'damping=1'"),
             ("ppo:loss=grpo", "got 'loss=grpo'"),
         ],
     )
@@ -119,7 +120,7 @@ def test_every_rule_improves_a_bandit_in_one_step(spec: str) -> None:
 def test_every_option_it_lists_is_one_it_takes(name: str) -> None:
     """An option that is listed and then refused would be found out by the run only, after an hour."""
     for option in options_of(name):
-        if option not in ("advantages", "unit", "reuse", "step"):
+        if option not in ("advantages", "unit", "reuse", "step", "entropy"):
             value = RULES[name].defaults.get(option, _default_of(name, option))
             build(f"{name}:{option}={value}", step_size=0.01)
 
@@ -210,6 +211,29 @@ class TestStep:
 
     def test_every_rule_but_trpo_has_it(self) -> None:
         assert [name for name in RULES if "step" not in options_of(name)] == ["trpo"]
+
+
+class TestEntropy:
+    """`entropy=β`: a bonus in the advantages."""
+
+    @pytest.mark.parametrize("name", RULES)
+    def test_a_bonus_makes_every_rule_surer_of_less(self, name: str) -> None:
+        """Rewards say nothing here, so without a bonus the policy stays, and with one its entropy rises."""
+        policy = make_policy()
+        batch = bandit().sample(policy, 512, torch.Generator().manual_seed(2))
+        batch = dataclasses.replace(batch, rewards=torch.zeros_like(batch.rewards))
+        entropies = [diagnostics.entropy(policy.logits(batch.observations), batch.mask).item()]
+        for spec in (name, f"{name}:entropy=0.5"):
+            trial = make_policy()
+            build(spec, step_size=0.01).step(trial, batch, torch.optim.SGD(trial.parameters(), lr=0.01))
+            entropies.append(diagnostics.entropy(trial.logits(batch.observations), batch.mask).item())
+        before, plain, encouraged = entropies
+        assert plain == pytest.approx(before, abs=1e-12)
+        assert encouraged > before + 1e-7
+
+    def test_a_bonus_below_zero_is_none(self) -> None:
+        with pytest.raises(ValueError, match="entropy: expected a finite number >= 0, got -1"):
+            build("ntk:entropy=-1")
 
 
 class TestReuse:
