@@ -29,6 +29,7 @@ TRANSFORMER = {
     "natural": {"sgd": 2.5, "momentum": 0.3, "adamw": 5e-5, "muon": 5e-5},
     "winner": {"sgd": 5.0},  # about what the search with the line before came to: see `ABLATIONS`
     "old policy": {"sgd": 7.5e-4, "momentum": 1e-4, "adamw": 5e-5, "muon": 5e-5},
+    "nats": {"sgd": 1e-4, "adamw": 1e-4},  # of a rule with `step=kl`
 }
 ADAPTIVE = {"adamw": 0.003, "muon": 0.003}
 SMALL_NETWORK = {
@@ -39,6 +40,7 @@ SMALL_NETWORK = {
     "old policy": {"sgd": 0.1, "momentum": 0.02} | ADAPTIVE,
     "whole Fisher": {"sgd": 0.1, "momentum": 0.02} | ADAPTIVE,
     "trust region": {"sgd": 0.001},  # a bound on the KL: there is no optimizer
+    "nats": {"sgd": 1e-4, "adamw": 1e-4},
 }
 ALL = tuple(OPTIMIZERS)
 ENDS = ("sgd", "adamw")  # of what is compared only in the attribution table, or only checks another family
@@ -125,6 +127,25 @@ CHANGES = (
 )
 ABLATIONS = {rule: Family("winner", ("sgd",)) for rule in (WINNER, *CHANGES)}
 
+# Four times as many batches, for what the search on 60 left in front: the others need an hour more.
+BONUS = "entropy=0|0.03"
+LONG = {
+    f"ntk:damping=0.3|1|3,scale=natural,gram=sketched,{BONUS}": Family("natural", ("sgd",)),
+    f"ppo:{BONUS}": Family("old policy", ("adamw", "muon")),
+    "grpo": Family("old policy", ("muon",)),
+    "fisher": Family("layer", ("momentum",)),
+    "layer_scaled": Family("layer", ("momentum",)),
+    "reinforce": Family("gradient", ("muon",)),
+}
+# Is one length of a step, in nats, best for all rules and tasks?
+NATS = {
+    f"{rule}step=kl": Family("nats", ("sgd",))
+    for rule in ("reinforce:", "layer_scaled:", "fisher:", "ntk:", "ntk:scale=natural,")
+}
+NATS["reinforce:step=kl"] = Family("nats", ENDS)
+SMALL_NATS = NATS | {"npg:step=kl": Family("nats", ("sgd",))}
+TOKEN_NATS = {rule.replace("ntk:", "ntk:gram=sketched,"): family for rule, family in NATS.items()}
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -166,6 +187,7 @@ def with_advantages(rules: dict[str, Family], name: str) -> dict[str, Family]:
 
 BANDIT_OPTIONS = "--screen 1 --seeds 0 1 2"
 OPTIONS = "--screen 1 --seeds 0 1 2 --steps 60 --evaluations 15"
+LONG_OPTIONS = "--screen 1 --seeds 0 1 2 --steps 240 --evaluations 60"
 # Three seeds promise too much there: see chapter 10.
 CARTPOLE_OPTIONS = "--screen 2 --seeds 0 1 2 3 4 5 6 7 8 9 --sequences 32 --steps 20 --evaluations 10"
 GRIDS = {
@@ -175,6 +197,10 @@ GRIDS = {
     "addition_60": Grid("addition", TOKENS, OPTIONS, TRANSFORMER, ATTRIBUTION),
     "addition_60_more": Grid("addition", MORE_TOKENS, OPTIONS, TRANSFORMER),
     "ablations": Grid("addition", ABLATIONS, OPTIONS, TRANSFORMER, factor=2),
+    "addition_240": Grid("addition", LONG, LONG_OPTIONS, TRANSFORMER),
+    "kl_addition": Grid("addition", TOKEN_NATS, OPTIONS, TRANSFORMER),
+    "kl_bandit": Grid("bandit", with_advantages(SMALL_NATS, "leave_one_out"), BANDIT_OPTIONS, SMALL_NETWORK),
+    "kl_cartpole": Grid("cartpole", SMALL_NATS, CARTPOLE_OPTIONS, SMALL_NETWORK),
     "sorting_60": Grid("sorting", TOKENS, OPTIONS, TRANSFORMER),
     "modular_60": Grid("modular", TOKENS, OPTIONS, TRANSFORMER),
 }
