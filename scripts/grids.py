@@ -19,6 +19,7 @@ from isopo_mini.training.optimizers import OPTIMIZERS
 
 REPORT_SEEDS = range(100, 110)
 FACTOR, POINTS = 4, 4
+BEST, EVERY = ("best",), ("all",)
 
 # The smallest of the four step sizes, by the scale of a rule's step and the optimizer: on the transformer of the token
 # tasks, and on the small networks of bandit and CartPole.
@@ -115,6 +116,11 @@ CARTPOLE = {
     "ppo" + TWO: Family("old policy"),
     "gspo": Family("old policy"),
 }
+# A small and a large damping, by the share of the top direction that it takes, under SGD in the natural scale and AdamW.
+CARTPOLE_DAMPING = {f"npg:damping={damping}": Family("whole Fisher", ENDS) for damping in (0.1, 1)}
+for unit, damping in (("step", 1), ("step", 300), ("sequence", 1), ("sequence", 20)):
+    CARTPOLE_DAMPING[f"ntk:damping={damping},unit={unit}"] = Family("ntk", ("adamw",))
+    CARTPOLE_DAMPING[f"ntk:damping={damping},unit={unit},scale=natural"] = Family("natural", ("sgd",))
 # What is changed, one at a time, in ISOPO (NTK) in its natural scale under SGD.
 WINNER = "ntk:damping=1,scale=natural,gram=sketched"
 CHANGES = (
@@ -156,7 +162,7 @@ class Grid:
         rules: the families.
         options: others of the command.
         starts: `TRANSFORMER` or `SMALL_NETWORK`.
-        report: what is reported beside the best of each family.
+        report: what is reported.
         factor: between the first step sizes.
     """
 
@@ -164,7 +170,7 @@ class Grid:
     rules: dict[str, Family]
     options: str
     starts: dict[str, dict[str, float]]
-    report: tuple[str, ...] = ()
+    report: tuple[str, ...] = BEST
     factor: int = FACTOR
 
     def command(self, name: str) -> list[str]:
@@ -175,7 +181,7 @@ class Grid:
             for optimizer, start in self.starts[family.scale].items()
             if optimizer in family.optimizers
         ]
-        line = [self.task, "--rules", *rules, "--search", "--report", "best", *self.report]
+        line = [self.task, "--rules", *rules, "--search", "--report", *self.report]
         line += ["--report-seeds", *map(str, REPORT_SEEDS), *self.options.split()]
         return [*line, "--out", f"results/{name}"]
 
@@ -194,7 +200,8 @@ GRIDS = {
     "bandit": Grid("bandit", BANDIT | OWN_ADVANTAGES, BANDIT_OPTIONS, SMALL_NETWORK),
     "bandit_context_baseline": Grid("bandit", with_advantages(BANDIT, "leave_one_out"), BANDIT_OPTIONS, SMALL_NETWORK),
     "cartpole": Grid("cartpole", CARTPOLE, CARTPOLE_OPTIONS, SMALL_NETWORK),
-    "addition_60": Grid("addition", TOKENS, OPTIONS, TRANSFORMER, ATTRIBUTION),
+    "cartpole_damping": Grid("cartpole", CARTPOLE_DAMPING, CARTPOLE_OPTIONS, SMALL_NETWORK, EVERY),
+    "addition_60": Grid("addition", TOKENS, OPTIONS, TRANSFORMER, BEST + ATTRIBUTION),
     "addition_60_more": Grid("addition", MORE_TOKENS, OPTIONS, TRANSFORMER),
     "ablations": Grid("addition", ABLATIONS, OPTIONS, TRANSFORMER, factor=2),
     "addition_240": Grid("addition", LONG, LONG_OPTIONS, TRANSFORMER),
