@@ -116,7 +116,7 @@ CARTPOLE = {
     "ppo" + TWO: Family("old policy"),
     "gspo": Family("old policy"),
 }
-# A small and a large damping, by the share of the top direction that it takes, under SGD in the natural scale and AdamW.
+# A small and a large damping beside the top direction, under SGD in the natural scale and under AdamW.
 CARTPOLE_DAMPING = {f"npg:damping={damping}": Family("whole Fisher", ENDS) for damping in (0.1, 1)}
 for unit, damping in (("step", 1), ("step", 300), ("sequence", 1), ("sequence", 20)):
     CARTPOLE_DAMPING[f"ntk:damping={damping},unit={unit}"] = Family("ntk", ("adamw",))
