@@ -122,21 +122,13 @@ def participation_ratio(gram: Float[Tensor, "S S"]) -> Float[Tensor, ""]:
 
 
 def damping_share(gram: Float[Tensor, "S S"], damping: float | Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """λ/μ_max, with μ_max the largest eigenvalue of K: how the damping compares with the top direction.
+    """λ/μ_max, with μ_max the largest eigenvalue of K: of the top direction share/(1 + share) is left by the damping.
 
-    The damped natural gradient leaves λ/(λ + μ) of what REINFORCE has along a direction of eigenvalue μ, so along the
-    top one it leaves share/(1 + share). The same ρ has another share in every layer and task: λ = ρ·tr K/S, so the
-    share is ρ/S for a K of one direction and ρ where all S are equal.
-
-    Args:
-        gram: K, symmetric and positive semi-definite.
-        damping: λ ≥ 0, in the units of K.
-
-    Returns:
-        A number without units, in at least single precision; infinite for K = 0.
+    The same ρ has another share in every layer and task: it is ρ/S for a K of one direction, and ρ where all S are
+    equal. A number without units, in at least single precision; infinite for K = 0.
 
     Raises:
-        ValueError: `gram` is not square or not finite, or the damping is negative or not finite.
+        ValueError: `gram` is not square or not finite, or the damping λ is negative or not finite.
 
     Example:
         >>> import torch
