@@ -319,6 +319,7 @@ ENTRIES: dict[str, list[Entry]] = {
     "geometry.ntk_solvers.in_precision_of": [Entry(lambda d: in_precision_of(d.numbers(4), d.whole(4)))],
     "geometry.isopo.fisher_norms_by_columns": [Entry(lambda d: isopo.fisher_norms_by_columns(d.scores()))],
     "geometry.isopo.participation_ratio": [Entry(lambda d: isopo.participation_ratio(d.gram()))],
+    "geometry.isopo.damping_share": [Entry(lambda d: isopo.damping_share(d.gram(), 0.3))],
     "geometry.isopo.mean_eigenvalue": [Entry(lambda d: isopo.mean_eigenvalue(d.gram()))],
     "geometry.isopo.fisher_norms": [Entry(lambda d: isopo.fisher_norms(d.gram()))],
     "geometry.isopo.root_mean_square": [Entry(lambda d: isopo.root_mean_square(d.gram()))],

@@ -322,7 +322,7 @@ class TestCommandLine:
         with pytest.raises(SystemExit):
             main(["--help"])
         shown = capsys.readouterr().out
-        for text in ("contextual bandit", "ntk ", "damping, gram", "grpo ", "clip_high"):
+        for text in ("contextual bandit", "ntk ", "damping, entropy, gram", "grpo ", "clip_high"):
             assert text in shown
 
     def test_rules_with_step_sizes_of_their_own(self) -> None:
