@@ -4,6 +4,7 @@ Only the book imports this file. Figures keep a white background in the dark the
 chosen against white, and their letters stay readable when a phone shows them at half size.
 """
 
+import re
 from typing import Any
 
 import matplotlib as mpl
@@ -14,6 +15,9 @@ from matplotlib.lines import Line2D
 from matplotlib.quiver import Quiver
 from numpy.typing import ArrayLike
 from torch import Tensor
+
+from isopo_mini.training import rule_specs
+from isopo_mini.training.old_policy_rules import ClippedSurrogate
 
 SOLID, DASHED, DOTTED, DASH_DOT = "-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1.2, 1, 1.2))
 
@@ -37,6 +41,10 @@ METHODS: dict[str, tuple[str, Any]] = {
     "GSPO": ("#222255", DASH_DOT),
     "COPG": ("#7A4A21", DASH_DOT),
 }
+# What the experiments call by another word than the book: rules, and optimizers.
+RULES = {"reinforce": "REINFORCE", "npg": "Natural gradient", "layer_scaled": "Layer scale", "trpo": "TRPO"}
+RULES |= {"fisher": "ISOPO (Fisher)", "exact_fisher": "ISOPO (Fisher)", "ntk": "ISOPO (NTK)", "dr_grpo": "Dr. GRPO"}
+OPTIMIZERS = {"sgd": "SGD", "momentum": "momentum", "adamw": "AdamW", "muon": "Muon"}
 
 # The corners of the simplex of three actions: an equilateral triangle with side 1.
 CORNERS = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, np.sqrt(3) / 2]])
@@ -79,8 +87,38 @@ def use_style() -> None:
     )
 
 
+def method_of(rule: str, *, shape: bool = False) -> str:
+    """The name in `METHODS` of the method that a rule is a member of.
+
+    Args:
+        rule: a specification, see `rule_specs`.
+        shape: with its epochs × minibatches after the name of a clipped loss.
+
+    Raises:
+        ValueError: the rule is none; see `rule_specs.parse`.
+
+    Example:
+        >>> method_of("ntk:damping=3,scale=natural")
+        'ISOPO (NTK, natural)'
+        >>> method_of("ppo:epochs=1,minibatches=4", shape=True)
+        'PPO 1 × 4'
+    """
+    name, options = rule_specs.parse(rule)
+    if name == "ntk" and options.get("scale") == "natural":
+        return "ISOPO (NTK, natural)"
+    method = RULES.get(name, name.upper())
+    named = rule_specs.RULES[name]
+    if not shape or named.make is not ClippedSurrogate:
+        return method
+    options = {"minibatches": 1} | dict(named.defaults) | options
+    return f"{method} {options['epochs']} × {options['minibatches']}"
+
+
 def method_style(name: str) -> dict[str, Any]:
     """Keywords that draw a method as everywhere else: color, linestyle and label.
+
+    Args:
+        name: of `METHODS`; with a shape after it, such as "PPO 1 × 4", the method is drawn alike.
 
     Raises:
         ValueError: the method is not in `METHODS`.
@@ -89,9 +127,10 @@ def method_style(name: str) -> dict[str, Any]:
         >>> method_style("REINFORCE")
         {'color': '#000000', 'linestyle': '-', 'label': 'REINFORCE'}
     """
-    if name not in METHODS:
+    method = re.sub(r" \d+ × \d+$", "", name)
+    if method not in METHODS:
         raise ValueError(f"name: expected one of {', '.join(METHODS)}, got {name!r}")
-    color, linestyle = METHODS[name]
+    color, linestyle = METHODS[method]
     return {"color": color, "linestyle": linestyle, "label": name}
 
 

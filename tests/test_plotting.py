@@ -11,7 +11,9 @@ from matplotlib.colors import to_hex, to_rgb, to_rgba
 from matplotlib.figure import Figure
 
 from isopo_mini import plotting
+from isopo_mini.objectives.losses import LOSSES
 from isopo_mini.plotting import METHODS
+from isopo_mini.training import optimizers, rule_specs
 
 COLOURS = {name: color for name, (color, _) in METHODS.items()}
 
@@ -127,11 +129,26 @@ def test_arrows_start_at_the_policy_and_keep_their_ratios() -> None:
     assert np.isfinite(still.scale)
 
 
+@pytest.mark.parametrize("rule", rule_specs.RULES)
+def test_every_rule_has_a_name_and_a_look(rule: str) -> None:
+    method = plotting.method_of(rule)
+    assert plotting.method_style(method)["label"] == method
+    with_shape = plotting.method_of(rule, shape=True)
+    assert with_shape == method + " 4 × 1" * (rule in LOSSES and rule != "reinforce")
+    assert plotting.method_style(with_shape) == plotting.method_style(method) | {"label": with_shape}
+
+
+def test_optimizers_have_names() -> None:
+    assert set(plotting.OPTIMIZERS) == set(optimizers.OPTIMIZERS)
+
+
 @pytest.mark.usefixtures("unchecked")
 class TestErrors:
     def test_unknown_method(self) -> None:
         with pytest.raises(ValueError, match=r"name: expected one of REINFORCE, .*, got 'ppo'"):
             plotting.method_style("ppo")
+        with pytest.raises(ValueError, match=r"rule: expected one of reinforce, .*, got 'PPO'"):
+            plotting.method_of("PPO")
 
     def test_lengths(self) -> None:
         ax = Figure().add_subplot()

@@ -166,14 +166,16 @@ class Isopo:
         for averages in self._averages.values():
             averages.end_step()
 
-    def noted(self, name: str) -> dict[str, Tensor]:
-        """What the transform noted of each layer since the last `end_step`, the mean over its microbatches.
+    def noted(self) -> dict[str, dict[str, Tensor]]:
+        """What the transform noted since the last `end_step`: by the number's name, then by layer.
 
-        Args:
-            name: of the number; `NTK(spectra=True)` notes `"participation"` and `"damping_share"`.
+        Each is the mean over the microbatches. `NTK(spectra=True)` notes `"participation"` and `"damping_share"`.
         """
-        noted = {layer: averages.noted() for layer, averages in self._averages.items()}
-        return {layer: of_layer[name] for layer, of_layer in noted.items() if name in of_layer}
+        numbers: dict[str, dict[str, Tensor]] = {}
+        for layer, averages in self._averages.items():
+            for name, value in averages.noted().items():
+                numbers.setdefault(name, {})[layer] = value
+        return numbers
 
     def state_dict(self) -> dict[str, Tensor]:
         """The moving averages, as `{"layer/name": value}`, ready for safetensors."""

@@ -57,7 +57,7 @@ def with_entropy(function: Advantages, bonus: float) -> Advantages:
     checks.require_at_least("entropy", bonus, 0.0)
 
     def advantages(batch: Batch) -> Tensor:
-        plain = function(batch)
+        plain = advantages_of(function, batch, by_position=True)
         log_probs = batch.log_probs.masked_fill(~batch.mask, 0.0)
         if plain.ndim == 2:
             mean = log_probs.sum() / batch.mask.sum()

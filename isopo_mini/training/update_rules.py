@@ -186,14 +186,11 @@ class LayerwiseIsopo:
             with engine.microbatch(weights[start : start + len(part)], part.mask):
                 (-log_prob(policy, part).sum()).backward()
             start += len(part)
-        metrics = finish(policy, optimizer) | self._spectra(engine)
+        metrics = finish(policy, optimizer)
+        for name, of_layers in engine.noted().items():
+            metrics[name] = torch.stack(list(of_layers.values())).median().item()
         engine.end_step()
         return metrics
-
-    def _spectra(self, engine: Isopo) -> dict[str, float]:
-        """The median layer's number of each kind that the transform noted: nothing, unless it was asked to."""
-        noted = {name: list(engine.noted(name).values()) for name in ("participation", "damping_share")}
-        return {name: torch.stack(values).median().item() for name, values in noted.items() if values}
 
     def _engine_of(self, policy: Any) -> Isopo:
         """The engine of this policy. Another policy gets a new one, since the moving averages are of its layers."""

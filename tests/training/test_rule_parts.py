@@ -230,6 +230,11 @@ class TestEntropy:
         objective = (log_probs.detach()[:, 0].exp() * bonus * policy.log_prob(batch)[:, 0]).sum()
         torch.testing.assert_close(flat(torch.autograd.grad(objective, list(policy.parameters()))), 0.7 * expected)
 
+    def test_advantages_of_another_shape_do_not_hide_behind_a_bonus(self) -> None:
+        batch = make_batch()
+        with pytest.raises(ValueError, match=r"advantages\(batch\): expected shape \(S=6\), got \(1,\)"):
+            with_entropy(lambda of: torch.zeros(1), 1.0)(batch)
+
     def test_one_advantage_a_sequence_or_a_position(self) -> None:
         batch = make_batch()
         surprise = -batch.log_probs * batch.mask
