@@ -121,6 +121,16 @@ CARTPOLE_DAMPING = {f"npg:damping={damping}": Family("whole Fisher", ENDS) for d
 for unit, damping in (("step", 1), ("step", 300), ("sequence", 1), ("sequence", 20)):
     CARTPOLE_DAMPING[f"ntk:damping={damping},unit={unit}"] = Family("ntk", ("adamw",))
     CARTPOLE_DAMPING[f"ntk:damping={damping},unit={unit},scale=natural"] = Family("natural", ("sgd",))
+# The other two tasks: what addition left in front, and what it is compared with. Under AdamW and Muon the two scales
+# of the NTK are one rule, so each scale gets the optimizers that suit it.
+OTHER_TASKS = {
+    "reinforce": Family("gradient"),
+    "layer_scaled": Family("layer"),
+    "fisher": Family("layer"),
+    "ntk:gram=sketched": Family("ntk", ("adamw", "muon")),
+    "ntk:damping=0.3|1|3,scale=natural,gram=sketched": Family("natural", ("sgd", "momentum")),
+    **{loss: Family("old policy") for loss in ("ppo", "ppo" + ONE_PASS, "grpo" + ONE_PASS)},
+}
 # What is changed, one at a time, in ISOPO (NTK) in its natural scale under SGD.
 WINNER = "ntk:damping=1,scale=natural,gram=sketched"
 CHANGES = (
@@ -208,8 +218,8 @@ GRIDS = {
     "kl_addition": Grid("addition", TOKEN_NATS, OPTIONS, TRANSFORMER),
     "kl_bandit": Grid("bandit", with_advantages(SMALL_NATS, "leave_one_out"), BANDIT_OPTIONS, SMALL_NETWORK),
     "kl_cartpole": Grid("cartpole", SMALL_NATS, CARTPOLE_OPTIONS, SMALL_NETWORK),
-    "sorting_60": Grid("sorting", TOKENS, OPTIONS, TRANSFORMER),
-    "modular_60": Grid("modular", TOKENS, OPTIONS, TRANSFORMER),
+    "sorting_60": Grid("sorting", OTHER_TASKS, OPTIONS, TRANSFORMER),
+    "modular_60": Grid("modular", OTHER_TASKS, OPTIONS, TRANSFORMER),
 }
 
 
