@@ -25,9 +25,9 @@ from torch.nn.functional import one_hot
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from isopo_mini.geometry.layerwise import NTK, Isopo, gram_matrices
+from isopo_mini.engine import NTK, Isopo, gram_matrices
+from isopo_mini.experiments.provenance import provenance, write_table
 from isopo_mini.policies import MLP, CausalTransformer
-from isopo_mini.training.provenance import provenance, write_table
 
 SAMPLES = 64
 SEQUENCES, POSITIONS, WIDTH, LAYERS, VOCABULARY = 64, 16, 512, 2, 16

@@ -17,10 +17,10 @@ import pandas as pd
 import torch
 from timing import ratio, rounds_of
 
-from isopo_mini.training.optimizers import make_optimizer
-from isopo_mini.training.provenance import provenance, write_table
-from isopo_mini.training.rule_specs import make_rule
-from isopo_mini.training.setups import SETUPS, setup_of
+from isopo_mini.experiments.provenance import provenance, write_table
+from isopo_mini.experiments.setups import SETUPS, setup_of
+from isopo_mini.rules.optimizers import make_optimizer
+from isopo_mini.rules.rule_specs import make_rule
 
 # How a clipped loss spends its batch: four epochs, two of two minibatches, or one of four.
 SHAPES = ("", ":epochs=2,minibatches=2", ":epochs=1,minibatches=4")

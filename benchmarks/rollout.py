@@ -24,9 +24,9 @@ import pandas as pd
 import torch
 from timing import ratio, rounds_of
 
+from isopo_mini.experiments.provenance import provenance, write_table
 from isopo_mini.policies import MLP, CausalTransformer
 from isopo_mini.tasks import Addition, CartPole
-from isopo_mini.training.provenance import provenance, write_table
 
 ENVIRONMENTS = (32, 1024)
 # prompts, responses to each, tokens of a prompt, new tokens, width, layers

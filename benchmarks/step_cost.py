@@ -16,9 +16,9 @@ import pandas as pd
 import torch
 from timing import ratio, rounds_of
 
-from isopo_mini.geometry.layerwise import NTK, FisherNormalized, Isopo
+from isopo_mini.engine import NTK, FisherNormalized, Isopo
+from isopo_mini.experiments.provenance import provenance, write_table
 from isopo_mini.policies import CausalTransformer
-from isopo_mini.training.provenance import provenance, write_table
 
 VOCABULARY = 16
 # sequences, positions, width, layers

@@ -4,8 +4,8 @@
 `isopo_mini.plotting` and `isopo_mini.exercises`, which serve the book, are imported by name.
 """
 
-from isopo_mini import geometry, objectives, policies, tasks, training
+from isopo_mini import engine, experiments, geometry, objectives, policies, rules, tasks, training
 from isopo_mini.batch import Batch
 
-__all__ = ["Batch", "geometry", "objectives", "policies", "tasks", "training"]
+__all__ = ["Batch", "engine", "experiments", "geometry", "objectives", "policies", "rules", "tasks", "training"]
 __version__ = "0.1.0"

@@ -16,8 +16,7 @@ from matplotlib.quiver import Quiver
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from isopo_mini.training import rule_specs
-from isopo_mini.training.old_policy_rules import ClippedSurrogate
+from isopo_mini.rules import ClippedSurrogate, rule_specs
 
 SOLID, DASHED, DOTTED, DASH_DOT = "-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1.2, 1, 1.2))
 

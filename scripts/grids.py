@@ -1,4 +1,4 @@
-"""The long comparisons by name: each is one command of `isopo_mini.training.experiments`.
+"""The long comparisons by name: each is one command of `isopo_mini.experiments`.
 
     python scripts/grids.py                      # lists them
     python scripts/grids.py addition_60          # makes results/addition_60, or goes on where it was stopped
@@ -14,8 +14,8 @@ import argparse
 import shlex
 from dataclasses import dataclass
 
-from isopo_mini.training import experiments
-from isopo_mini.training.optimizers import OPTIMIZERS
+from isopo_mini.experiments.command import main as run_experiments
+from isopo_mini.rules.optimizers import OPTIMIZERS
 
 REPORT_SEEDS = range(100, 110)
 FACTOR, POINTS = 4, 4
@@ -184,7 +184,7 @@ class Grid:
     factor: int = FACTOR
 
     def command(self, name: str) -> list[str]:
-        """The arguments of `python -m isopo_mini.training.experiments`."""
+        """The arguments of `python -m isopo_mini.experiments`."""
         rules = [
             f"{rule}/{optimizer}@" + ",".join(f"{start * self.factor**i:g}" for i in range(POINTS))
             for rule, family in self.rules.items()
@@ -234,10 +234,10 @@ def main() -> None:
         print("\n".join(f"{name:26s}{grid.task}, {len(grid.rules)} families" for name, grid in GRIDS.items()))
         return
     command = GRIDS[options.name].command(options.name)
-    print("python -m isopo_mini.training.experiments", shlex.join(command))
+    print("python -m isopo_mini.experiments", shlex.join(command))
     if not options.show:
         more = ["--processes", str(options.processes)] if options.processes else []
-        experiments.main([*command, *more])
+        run_experiments([*command, *more])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import pandas as pd
 from chapter_records import ROOT, Record, chapters, failure_report
 from execute_chapters import SETTINGS, Setting, execute_all
 
-from isopo_mini.training.provenance import provenance, write_table
+from isopo_mini.experiments.provenance import provenance, write_table
 
 TABLE = ROOT / "results" / "portability" / "claims.csv"
 DRAFT = ROOT / "_build" / "margins.csv"

@@ -21,32 +21,41 @@ MODULES = sorted(
     if path.name != "__init__.py"
 )
 
+# On the page as a whole, with the names that they export.
+PACKAGES = {"isopo_mini.engine", "isopo_mini.rules"}
+
 # What other modules are made of: of use to whoever changes them, not to whoever calls them.
 INTERNAL = {
     "isopo_mini.checks",
+    "isopo_mini.engine.handlers",
+    "isopo_mini.engine.in_place",
+    "isopo_mini.engine.isopo",
+    "isopo_mini.engine.layer_functions",
+    "isopo_mini.engine.layer_gradients",
+    "isopo_mini.engine.loss_scale",
+    "isopo_mini.engine.microbatch",
+    "isopo_mini.engine.parameter_gradients",
+    "isopo_mini.engine.places",
+    "isopo_mini.engine.sequence_axis",
+    "isopo_mini.engine.stand_in",
+    "isopo_mini.engine.transforms",
+    "isopo_mini.engine.verification",
+    "isopo_mini.experiments.__main__",
+    "isopo_mini.experiments.families",
+    "isopo_mini.experiments.leases",
+    "isopo_mini.experiments.record_files",
     "isopo_mini.geometry.fisher_products",
     "isopo_mini.geometry.functional",
-    "isopo_mini.geometry.handlers",
-    "isopo_mini.geometry.in_place",
-    "isopo_mini.geometry.layer_functions",
     "isopo_mini.geometry.ntk_solvers",
-    "isopo_mini.geometry.loss_scale",
-    "isopo_mini.geometry.places",
     "isopo_mini.geometry.positions",
-    "isopo_mini.geometry.sequence_axis",
-    "isopo_mini.geometry.stand_in",
-    "isopo_mini.geometry.layer_gradients",
-    "isopo_mini.geometry.microbatch",
-    "isopo_mini.geometry.parameter_gradients",
-    "isopo_mini.geometry.verification",
     "isopo_mini.objectives.bookkeeping",
     "isopo_mini.objectives.ratios",
     "isopo_mini.precision",
+    "isopo_mini.rules.kl_steps",
+    "isopo_mini.rules.old_policy",
+    "isopo_mini.rules.one_step",
     "isopo_mini.tasks.bandit_instances",
     "isopo_mini.tasks.lyapunov",
-    "isopo_mini.training.families",
-    "isopo_mini.training.leases",
-    "isopo_mini.training.record_files",
     "isopo_mini.writing",
 }
 
@@ -61,7 +70,7 @@ def test_examples_in_docstrings_run(name: str) -> None:
 def test_every_public_module_is_on_the_api_page() -> None:
     page = (ROOT / "book" / "appendix" / "api.md").read_text()
     listed = set(re.findall(r"automodule:: (\S+)", page))
-    assert listed == set(MODULES) - INTERNAL
+    assert listed == (set(MODULES) - INTERNAL) | PACKAGES
     assert set(MODULES) >= INTERNAL
 
 

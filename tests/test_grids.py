@@ -9,8 +9,8 @@ from pathlib import Path
 import grids
 import pytest
 
-from isopo_mini.training.experiments import grid, parse_rules
-from isopo_mini.training.optimizers import OPTIMIZERS
+from isopo_mini.experiments.command import grid, parse_rules
+from isopo_mini.rules.optimizers import OPTIMIZERS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,5 +34,5 @@ def test_every_rule_is_searched_alike(name: str) -> None:
 def test_the_command_is_shown_without_being_run() -> None:
     command = [sys.executable, "scripts/grids.py", "addition_60", "--show"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert shlex.split(shown)[:4] == ["python", "-m", "isopo_mini.training.experiments", "addition"]
+    assert shlex.split(shown)[:4] == ["python", "-m", "isopo_mini.experiments", "addition"]
     assert shlex.split(shown)[-2:] == ["--out", "results/addition_60"]

@@ -1,4 +1,4 @@
-"""Imports follow the data: task → Batch → advantages and geometry → update rule. Nothing imports backwards."""
+"""Imports follow the data: task → Batch → advantages, geometry, engine → rule → loop → grid. None goes backwards."""
 
 import ast
 from pathlib import Path
@@ -6,16 +6,19 @@ from pathlib import Path
 import pytest
 
 LIBRARY = Path(__file__).resolve().parent.parent / "isopo_mini"
-ROOMS = ("tasks", "policies", "geometry", "objectives", "training")
+ROOMS = ("tasks", "policies", "geometry", "engine", "objectives", "rules", "training", "experiments")
 
-# What a room may import of the library, beside itself. `training` sees all; the others see what flows into them.
+# What a room may import of the library, beside itself. `experiments` see all; the others see what flows into them.
 SHARED = {"batch", "checks", "precision", "writing"}
 ALLOWED = {
     "tasks": SHARED | {"policies"},
     "policies": SHARED,
     "geometry": SHARED | {"policies"},
     "objectives": SHARED | {"policies"},
-    "training": SHARED | {"tasks", "policies", "geometry", "objectives"},
+    "engine": SHARED | {"geometry"},
+    "rules": SHARED | {"policies", "geometry", "engine", "objectives"},
+    "training": SHARED | {"policies", "rules"},
+    "experiments": SHARED | {*ROOMS, "__init__"},
     "batch": {"checks"},
     "checks": set(),
     "precision": set(),

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from isopo_mini import plotting
 from isopo_mini.objectives.losses import LOSSES
 from isopo_mini.plotting import METHODS
-from isopo_mini.training import optimizers, rule_specs
+from isopo_mini.rules import optimizers, rule_specs
 
 COLOURS = {name: color for name, (color, _) in METHODS.items()}
 

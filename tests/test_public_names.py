@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 import isopo_mini
-from isopo_mini import Batch, geometry, objectives, policies, tasks, training
+from isopo_mini import Batch, engine, experiments, geometry, objectives, policies, rules, tasks, training
 from isopo_mini.policies import MLP, TabularSoftmax
 from isopo_mini.tasks import ContextualBandit
-from isopo_mini.training import update_rules
 
 API_PAGE = Path(__file__).resolve().parent.parent / "book" / "appendix" / "api.md"
 PUBLIC_MODULES = re.findall(r"automodule:: (\S+)", API_PAGE.read_text())
@@ -46,15 +45,15 @@ CONTRACT: dict[str, str] = {
     "geometry.gram.dense": "left right",
     "geometry.gram.ghost": "left right",
     "geometry.gram.sketched": "left right sketch",
-    "geometry.layerwise.Isopo": "model transform",
-    "geometry.layerwise.Isopo.microbatch": "self advantages",
-    "geometry.layerwise.Isopo.end_step": "self",
-    "geometry.layerwise.gram_matrices": "model log_probs",
-    "geometry.layerwise.register": "functions",
-    "geometry.layerwise.verify": "model log_probs num_sequences",
-    "geometry.layerwise.NTK": "damping scale",
-    "geometry.layerwise.FisherNormalized": "norm",
-    "geometry.layerwise.LayerScaled": "",
+    "engine.Isopo": "model transform",
+    "engine.Isopo.microbatch": "self advantages",
+    "engine.Isopo.end_step": "self",
+    "engine.gram_matrices": "model log_probs",
+    "engine.register": "functions",
+    "engine.verify": "model log_probs num_sequences",
+    "engine.NTK": "damping scale",
+    "engine.FisherNormalized": "norm",
+    "engine.LayerScaled": "",
     "objectives.advantages.group_advantages": "rewards groups scale eps",
     "objectives.advantages.leave_one_out": "rewards groups",
     "objectives.advantages.discounted_returns": "rewards mask discount bootstrap",
@@ -80,30 +79,30 @@ CONTRACT: dict[str, str] = {
     "tasks.tokens.Addition": "digits",
     "tasks.tokens.Addition.sample": "self policy num_sequences generator",
     "tasks.tokens.Addition.evaluate": "self policy",
-    "training.update_rules.Reinforce.step": "self policy batch optimizer",
-    "training.update_rules.NaturalGradient.step": "self policy batch optimizer",
-    "training.update_rules.NtkIsopo.step": "self policy batch optimizer",
-    "training.update_rules.FisherNormalizedIsopo.step": "self policy batch optimizer",
-    "training.update_rules.LayerScaledReinforce.step": "self policy batch optimizer",
-    "training.update_rules.ExactFisherIsopo.step": "self policy batch optimizer",
-    "training.update_rules.ClippedSurrogate.step": "self policy batch optimizer",
-    "training.update_rules.TrustRegion.step": "self policy batch optimizer",
-    "training.kl_steps.KLTargeted": "rule kl",
-    "training.kl_steps.KLTargeted.step": "self policy batch optimizer",
-    "training.statistics.t_interval": "values axis",
-    "training.statistics.paired_difference": "one other",
-    "training.statistics.probability_of_improvement": "one other",
-    "training.statistics.interquartile_mean": "values",
-    "training.statistics.performance_profile": "values thresholds",
-    "training.statistics.bootstrap_interval": "values axis",
+    "rules.Reinforce.step": "self policy batch optimizer",
+    "rules.NaturalGradient.step": "self policy batch optimizer",
+    "rules.NtkIsopo.step": "self policy batch optimizer",
+    "rules.FisherNormalizedIsopo.step": "self policy batch optimizer",
+    "rules.LayerScaledReinforce.step": "self policy batch optimizer",
+    "rules.ExactFisherIsopo.step": "self policy batch optimizer",
+    "rules.ClippedSurrogate.step": "self policy batch optimizer",
+    "rules.TrustRegion.step": "self policy batch optimizer",
+    "rules.KLTargeted": "rule kl",
+    "rules.KLTargeted.step": "self policy batch optimizer",
+    "experiments.statistics.t_interval": "values axis",
+    "experiments.statistics.paired_difference": "one other",
+    "experiments.statistics.probability_of_improvement": "one other",
+    "experiments.statistics.interquartile_mean": "values",
+    "experiments.statistics.performance_profile": "values thresholds",
+    "experiments.statistics.bootstrap_interval": "values axis",
     "training.loop.train": "policy task rule optimizer steps seed",
-    "training.optimizers.make_optimizer": "name policy learning_rate",
-    "training.runs.Run": "task rule learning_rate seed",
-    "training.runs.run": "settings",
-    "training.records.load_records": "folder",
-    "training.records.as_table": "records",
-    "training.records.curves": "records",
-    "training.records.summary": "records",
+    "rules.optimizers.make_optimizer": "name policy learning_rate",
+    "experiments.runs.Run": "task rule learning_rate seed",
+    "experiments.runs.run": "settings",
+    "experiments.records.load_records": "folder",
+    "experiments.records.as_table": "records",
+    "experiments.records.curves": "records",
+    "experiments.records.summary": "records",
 }
 
 DEFAULTS = {
@@ -111,10 +110,10 @@ DEFAULTS = {
     ("geometry.fisher.exact_fisher", "weights"): None,
     ("geometry.isopo.ntk_coefficients", "scale"): "gradient",
     ("geometry.isopo.normalized_coefficients", "power"): 1.0,
-    ("geometry.layerwise.NTK", "scale"): "gradient",
-    ("geometry.layerwise.FisherNormalized", "scale"): "norm",
-    ("training.update_rules.NtkIsopo", "scale"): "gradient",
-    ("training.update_rules.FisherNormalizedIsopo", "scale"): "norm",
+    ("engine.NTK", "scale"): "gradient",
+    ("engine.FisherNormalized", "scale"): "norm",
+    ("rules.NtkIsopo", "scale"): "gradient",
+    ("rules.FisherNormalizedIsopo", "scale"): "norm",
     ("objectives.advantages.group_advantages", "scale"): "std",
 }
 
@@ -205,7 +204,7 @@ def test_a_rule_runs_with_its_defaults_and_training_returns_one_row_an_iteration
     table = training.loop.train(
         policy,
         tasks.ContextualBandit(torch.rand(2, 3)),
-        getattr(update_rules, rule)(),
+        getattr(rules, rule)(),
         torch.optim.SGD(policy.parameters(), lr=0.1),
         2,
         0,
@@ -214,22 +213,23 @@ def test_a_rule_runs_with_its_defaults_and_training_returns_one_row_an_iteration
     assert {"step", "samples", "return", "kl", "gradient_norm"} <= set(table.columns)
 
 
+ROOMS = [isopo_mini, engine, experiments, geometry, objectives, policies, rules, tasks, training]
+
+
 class TestPackages:
     def test_the_top_level_is_what_it_says(self) -> None:
-        assert isopo_mini.__all__ == ["Batch", "geometry", "objectives", "policies", "tasks", "training"]
+        rooms = ["engine", "experiments", "geometry", "objectives", "policies", "rules", "tasks", "training"]
+        assert isopo_mini.__all__ == ["Batch", *rooms]
         assert isopo_mini.Batch is Batch
 
-    @pytest.mark.parametrize("package", [isopo_mini, geometry, objectives, policies, tasks, training])
+    @pytest.mark.parametrize("package", ROOMS)
     def test_all_names_what_is_there_and_nothing_twice(self, package: Any) -> None:
         assert len(package.__all__) == len(set(package.__all__)) > 0
         assert [name for name in package.__all__ if not hasattr(package, name)] == []
 
     def test_one_import_makes_every_room_available_and_draws_nothing(self) -> None:
-        """In a process of its own, since other tests have imported more.
-
-        Not the modules that are commands: `python -m` warns when the module it is to run was imported before.
-        """
-        rooms = [name for name in PUBLIC_MODULES if name.count(".") > 1 and not is_command(name)]
+        """In a process of its own, since other tests have imported more."""
+        rooms = [name for name in PUBLIC_MODULES if name.count(".") > 1]
         program = f"""
 import sys, isopo_mini
 print([name for name in {rooms} if name not in sys.modules], "matplotlib" in sys.modules)
@@ -239,20 +239,17 @@ print(isopo_mini.geometry.isopo.ntk_coefficients.__name__)
         assert result.stdout == "[] False\nntk_coefficients\n", result.stderr
 
 
-def is_command(name: str) -> bool:
-    """Whether a module is there for `python -m` too."""
-    return "__main__" in inspect.getsource(importlib.import_module(name))
-
-
 def public_callables() -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Every public function, class and method that a public module defines itself.
+    """Every public function, class and method that a public module defines itself or a package exports.
 
     Not `forward`: what a module does when it is called is what its class's docstring says.
     """
     for module_name in PUBLIC_MODULES:
         module = importlib.import_module(module_name)
+        exported = getattr(module, "__all__", ())
         for name, value in vars(module).items():
-            if name.startswith("_") or getattr(value, "__module__", None) != module_name or not callable(value):
+            own = getattr(value, "__module__", None) == module_name or name in exported
+            if name.startswith("_") or not own or not callable(value):
                 continue
             yield f"{module_name}.{name}", value
             if inspect.isclass(value):

@@ -3,7 +3,7 @@
 F = E_o E_{a∼π(·|o)} [∇log π(a|o) ∇log π(a|o)ᵀ] = E_o [Jᵀ (diag π − ππᵀ) J],    J = ∂logits/∂θ.
 
 Everything here is dense and obvious, and made of `torch.func`. Scores of N samples take the memory of N
-gradients; the engine in `layerwise` avoids that, and this module is what it is measured against.
+gradients; the engine avoids that, and this module is what it is measured against.
 
 The first axis of the observations is the sample n of N. A sample may have more positions: a sequence of
 tokens has T of them, and its score is the sum of ∇log π over them. Columns run over the trainable

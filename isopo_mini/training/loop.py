@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 
 from isopo_mini import checks
 from isopo_mini.batch import Batch
+from isopo_mini.rules.repeatable import repeatable
 from isopo_mini.training import diagnostics
-from isopo_mini.training.repeatable import repeatable
 
 COLUMNS = ("step", "samples", "actions", "backward_passes", "seconds", "reward", "entropy", "kl")
 

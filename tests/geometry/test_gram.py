@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from isopo_mini.engine.parameter_gradients import MatrixGradients
 from isopo_mini.geometry import gram
-from isopo_mini.geometry.parameter_gradients import MatrixGradients
 
 sizes = st.integers(1, 5)
 

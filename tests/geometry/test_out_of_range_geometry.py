@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from isopo_mini.engine import NTK, FisherNormalized, Isopo
 from isopo_mini.geometry import fisher, isopo
-from isopo_mini.geometry.layerwise import NTK, FisherNormalized, Isopo
 from isopo_mini.geometry.natural_gradient import solve, solve_cg, solve_dual, solve_rank_one
 from isopo_mini.policies import MLP, TabularSoftmax
+from isopo_mini.rules import NtkIsopo
 from isopo_mini.tasks import Bandit
 from isopo_mini.training.loop import train
-from isopo_mini.training.update_rules import NtkIsopo
 
 
 def random_scores(sequences: int = 6, parameters: int = 9) -> tuple[Tensor, Tensor]:

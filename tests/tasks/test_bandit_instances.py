@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from isopo_mini.experiments import setups
 from isopo_mini.tasks.bandit_instances import FEATURES, MEAN_REWARDS
-from isopo_mini.training import setups
 
 
 def test_its_numbers_are_the_first_that_seed_zero_draws() -> None:

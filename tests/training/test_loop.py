@@ -153,7 +153,7 @@ import torch
 from isopo_mini.policies import TabularSoftmax
 from isopo_mini.tasks import Bandit, Sorting, warm_start
 from isopo_mini.training.loop import train
-from isopo_mini.training.update_rules import Reinforce
+from isopo_mini.rules import Reinforce
 policy, task = TabularSoftmax(1, 2), Bandit(torch.tensor([0.0, 1.0]))
 train(policy, task, Reinforce(), torch.optim.SGD(policy.parameters(), 0.1), 8, 0)
 sorting = Sorting(2, evaluation_prompts=8)

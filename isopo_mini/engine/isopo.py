@@ -1,0 +1,230 @@
+"""`Isopo`: opens a microbatch on a model, and closes a step. What happens in between is told in `isopo_mini.engine`.
+
+It is exact for models whose sequences do not influence one another and are the first axis of every layer's input; not
+every breach of that can be seen from inside. What would escape the engine is an error with the name of the parameter.
+Run `verify` once on a new model: it compares the engine with autograd.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
+from typing import Any
+
+import torch
+import torch.nn as nn
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from isopo_mini import checks
+from isopo_mini.engine import handlers  # noqa: F401  (importing registers them)
+from isopo_mini.engine.layer_gradients import PATHS, LayerGradients, Resources
+from isopo_mini.engine.loss_scale import check_loss_scale, grad_scaler_noticed
+from isopo_mini.engine.microbatch import PAST_ITS_MODULE, LayerUses, Microbatch, Uses
+from isopo_mini.engine.parameter_gradients import Workspace
+from isopo_mini.engine.places import layer_names, stand_ins
+from isopo_mini.engine.stand_in import PAST_PYTORCH, Tape, UnhandledParameterError
+from isopo_mini.engine.transforms import NTK, MovingAverages, Transform
+
+
+class Isopo:
+    """Replaces, layer by layer, Σ_s G_s by Σ_s c_s G_s inside the backward pass.
+
+    Args:
+        model: any module whose layers keep the sequence axis first: inputs `(S, …, features)`.
+        transform: `NTK(…)`, `FisherNormalized(…)` or `LayerScaled()`.
+        gram: how the Gram matrix of a weight is made: `"dense"`, `"ghost"`, `"auto"` (whichever of the two costs fewer
+            multiplications) or `"sketched"`.
+        sketch_size: k of the sketched Gram matrix.
+        layers: `"separate"`: one set of coefficients a layer. `"together"`: one for the whole model, from the sum of
+            all Gram matrices; backpropagation then holds every layer's factors until its end.
+        decay: of the moving averages.
+        seed: of the sketches and of the sampled tokens.
+
+    Raises:
+        ValueError: an unknown option, or a model without trainable parameters.
+
+    Under `DistributedDataParallel` give the inner module; each rank transforms its own microbatch, then gradients are
+    averaged over the ranks as always.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        transform: Transform,
+        *,
+        gram: str = "auto",
+        sketch_size: int = 32,
+        layers: str = "separate",
+        decay: float = 0.9,
+        seed: int = 0,
+    ) -> None:
+        checks.require_choice("gram", gram, PATHS)
+        checks.require_choice("layers", layers, ("separate", "together"))
+        checks.require_at_least("sketch_size", sketch_size, 1)
+        self.model = model
+        self.transform = transform
+        self.gram = gram
+        self.sketch_size = sketch_size
+        self.layers = layers
+        self._decay = decay
+        self._seed = seed
+        self._averages: dict[str, MovingAverages] = {}
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._workspace = Workspace()
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError("model: expected at least one trainable parameter, got none")
+
+    @contextmanager
+    def microbatch(
+        self,
+        advantages: Float[Tensor, "S"],
+        mask: Bool[Tensor, "S T"] | None = None,
+        *,
+        loss_scale: float | Float[Tensor, ""] = 1.0,
+    ) -> Iterator[Microbatch]:
+        """Open a microbatch: run the forward and the backward pass inside the `with` block.
+
+        Differentiate the *unweighted* sum of log-probabilities (or minus it, for an optimizer that minimises).
+        Afterwards `.coefficients` of the yielded object holds each layer's c.
+
+        Args:
+            advantages: A, one a sequence. The step is linear in them: pass A/S for a mean over sequences.
+            mask: the positions that the token-sampled Fisher norm may draw; all positions when None.
+            loss_scale: s > 0, where s times that sum is differentiated. `.grad` is then s times the step. The engine
+                cannot see s; untold, it would make of a Fisher-normalised step, divided by s again, s⁻² times that
+                step. Do not count a `torch.amp.GradScaler`: its method `scale` is noticed inside the block.
+
+        Raises:
+            ValueError: advantages are not a finite floating `(S,)`; a layer's input does not have S first; a parameter
+                was exchanged, as `torch.func.functional_call` does; the loss scale is not positive.
+            UnhandledParameterError: a trainable parameter is used in a way that no handler covers.
+            RuntimeError: a microbatch of this model is open already; a parameter was replaced; what a use kept was
+                changed in place; a checkpoint is re-entrant; a backward pass stopped halfway.
+        """
+        sizes = checks.require_shape("advantages", advantages, "S")
+        checks.require_not_empty("advantages", advantages)
+        checks.require_floating("advantages", advantages)
+        checks.require_finite("advantages", advantages)
+        if mask is not None:
+            checks.require_shape("mask", mask, "S T", sizes)
+        check_loss_scale(loss_scale)
+        advantages = advantages.detach()
+
+        resources = self._resources(mask, loss_scale)
+
+        def note_scaler(scale: Tensor) -> None:
+            resources.loss_scale = loss_scale * scale
+
+        def close_layer(name: str, uses: Uses) -> dict[str, Tensor]:
+            gradients = LayerGradients(uses, resources)
+            coefficients = self.transform.coefficients(gradients, advantages, self.averages(name))
+            microbatch.coefficients[name] = coefficients
+            return gradients.combine(coefficients)
+
+        microbatch = Microbatch(self.model, self.layers, len(advantages), close_layer)
+        try:
+            with grad_scaler_noticed(note_scaler), microbatch.opened():
+                yield microbatch
+        except BaseException:
+            for averages in self._averages.values():
+                averages.forget_pending()
+            raise
+
+    def end_step(self) -> None:
+        """Fold this optimizer step's values into the moving averages. Call it after `optimizer.step()`."""
+        for averages in self._averages.values():
+            averages.end_step()
+
+    def noted(self) -> dict[str, dict[str, Tensor]]:
+        """What the transform noted since the last `end_step`: by the number's name, then by layer.
+
+        Each is the mean over the microbatches. `NTK(spectra=True)` notes `"participation"` and `"damping_share"`.
+        """
+        numbers: dict[str, dict[str, Tensor]] = {}
+        for layer, averages in self._averages.items():
+            for name, value in averages.noted().items():
+                numbers.setdefault(name, {})[layer] = value
+        return numbers
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The moving averages, as `{"layer/name": value}`, ready for safetensors."""
+        return {
+            f"{layer}/{name}": value
+            for layer, averages in self._averages.items()
+            for name, value in averages.history.items()
+            if value.isfinite()
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue with saved moving averages.
+
+        Raises:
+            ValueError: a value is not a single finite number, or belongs to a layer that the model does not have.
+        """
+        layers = set(layer_names(self.model, self.layers).values())
+        for key, value in state.items():
+            checks.require_shape(f"state['{key}']", value, "")
+            checks.require_finite(f"state['{key}']", value)
+            if key.rpartition("/")[0] not in layers:
+                raise ValueError(f"state: expected keys 'layer/name' of layers of this model, got '{key}'")
+        self._averages.clear()
+        for key, value in state.items():
+            layer, name = key.rsplit("/", 1)
+            self.averages(layer).history[name] = value
+
+    def averages(self, layer: str) -> MovingAverages:
+        """The moving averages of one layer."""
+        return self._averages.setdefault(layer, MovingAverages(self._decay))
+
+    def _resources(self, mask: Tensor | None = None, loss_scale: float | Tensor = 1.0) -> Resources:
+        """What the layers of one microbatch share."""
+
+        def generator_of(device: torch.device) -> torch.Generator:
+            if device not in self._generators:
+                self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+            return self._generators[device]
+
+        return Resources(self.gram, self.sketch_size, self._workspace, generator_of, mask, loss_scale)
+
+
+def gram_matrices(
+    model: nn.Module,
+    log_probs: Callable[[], Float[Tensor, "S ..."]],
+    *,
+    gram: str = "auto",
+    sketch_size: int = 32,
+) -> dict[str, Float[Tensor, "S S"]]:
+    """K of every layer, without touching `.grad`.
+
+    Args:
+        model: the policy.
+        log_probs: computes the log-probabilities, first axis S; they are summed over everything.
+
+    Returns:
+        The Gram matrix of each layer that the log-probabilities depend on, by the layer's name.
+    """
+    engine = Isopo(model, NTK(), gram=gram, sketch_size=sketch_size)
+    tape = Tape()
+    layers: dict[str, LayerUses] = {}
+
+    def make_layer(name: str) -> LayerUses:
+        layers[name] = LayerUses(tape=tape)
+        return layers[name]
+
+    with stand_ins(model, "separate", make_layer) as shadows:
+        total = log_probs().sum()
+        # Of parameters and stand-ins nothing is expected back: what they are used for is on the tape.
+        names = [shadow.slot.name for shadow in shadows]
+        wanted: list[Any] = [*tape.edges]
+        wanted += [shadow.slot.parameter for shadow in shadows] + [shadow.edge() for shadow in shadows]
+        gradients = torch.autograd.grad(total, wanted, allow_unused=True)
+    past = product((PAST_ITS_MODULE, PAST_PYTORCH), names)
+    for (use, name), gradient in zip(past, gradients[-2 * len(names) :], strict=True):
+        if gradient is not None:
+            raise UnhandledParameterError(name, use)
+    for report, gradient in zip(tape.reports, gradients, strict=False):
+        if gradient is not None:
+            report(gradient)
+    resources = engine._resources()
+    uses = {name: layer.take_uses() for name, layer in layers.items()}
+    return {name: LayerGradients(of_layer, resources).gram() for name, of_layer in uses.items() if of_layer}

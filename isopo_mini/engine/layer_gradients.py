@@ -1,0 +1,201 @@
+"""The per-sequence gradients of one layer, and what ISOPO asks of them, without forming more than needed.
+
+A layer is a weight and its bias (or whatever parameters its module owns). From the factors of their gradients come the
+Gram matrix, the norms, the overlaps with single tokens, and at the end the only thing that leaves: Σ_s c_s G_s.
+
+Where the loss is scaled by s, the factors are s times as large. What a transform asks for is divided by s, or by s²,
+and what leaves is not: it is on its way to whoever scaled the loss.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from isopo_mini.engine.parameter_gradients import MatrixGradients, VectorGradients, Workspace, sum_of
+from isopo_mini.geometry import gram as grams
+from isopo_mini.precision import at_least_float32
+
+PATHS = ("auto", "dense", "ghost", "sketched")
+
+
+class Resources:
+    """What the layers of one microbatch share: options, memory, projections and sampled tokens.
+
+    Args:
+        path: how Gram matrices of weight matrices are made, one of `PATHS`.
+        sketch_size: k of the sketched path.
+        workspace: memory for the dense path.
+        generator_of: the source of randomness on a device.
+        token_mask: `(S, T)`, which positions may be sampled as tokens; None for all.
+        loss_scale: s.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        sketch_size: int,
+        workspace: Workspace,
+        generator_of: Callable[[torch.device], torch.Generator],
+        token_mask: Tensor | None = None,
+        loss_scale: float | Tensor = 1.0,
+    ) -> None:
+        self.path = path
+        self.sketch_size = sketch_size
+        self.workspace = workspace
+        self.loss_scale = loss_scale
+        self._generator_of = generator_of
+        self._token_mask = token_mask
+        self._projections: dict[tuple[str, int, torch.dtype, torch.device], Tensor] = {}
+        self._tokens: dict[tuple[torch.Size, int, torch.device], Tensor] = {}
+
+    def unscaled(self, values: Tensor, degree: int) -> Tensor:
+        """What `values`, of that degree in the gradients, would be for a loss that is not scaled."""
+        if not isinstance(self.loss_scale, Tensor) and self.loss_scale == 1:
+            return values
+        for _ in range(degree):  # not by s²: that may leave the range where s does not
+            values = values / self.loss_scale
+        return values
+
+    def projection(self, side: str, length: int, like: Tensor) -> Tensor:
+        """A Gaussian projection of `length` numbers to k. Weights with a side of the same length share it."""
+        key = (side, length, like.dtype, like.device)
+        if key not in self._projections:
+            self._projections[key] = grams.draw_projection(
+                self.sketch_size, length, like, self._generator_of(like.device)
+            )
+        return self._projections[key]
+
+    def sketch(self, rows: int, columns: int, like: Tensor) -> grams.Sketch:
+        """The projections for a weight of shape `(rows, columns)`. The two sides are independent."""
+        return grams.Sketch(
+            self.projection("left", rows, like) if rows > self.sketch_size else None,
+            self.projection("right", columns, like) if columns > self.sketch_size else None,
+        )
+
+    def tokens(self, shape: torch.Size, device: torch.device, count: int) -> tuple[Tensor, Tensor]:
+        """Sequence and position of `count` tokens of `(S, T)`, drawn without replacement; all where there are fewer."""
+        key = (shape, count, device)
+        if key not in self._tokens:
+            generator = self._generator_of(device)
+            if self._token_mask is not None and self._token_mask.shape == shape:
+                allowed = self._token_mask.nonzero()
+            else:
+                allowed = torch.ones(shape, device=device).nonzero()
+            if len(allowed) > count:
+                allowed = allowed[torch.randperm(len(allowed), generator=generator, device=device)[:count]]
+            self._tokens[key] = allowed
+        return self._tokens[key][:, 0], self._tokens[key][:, 1]
+
+
+@dataclass
+class LayerGradients:
+    """The per-sequence gradients of a layer: those of its parameters, side by side.
+
+    Args:
+        parameters: by name.
+        resources: shared with the other layers of the microbatch.
+    """
+
+    parameters: dict[str, MatrixGradients | VectorGradients]
+    resources: Resources
+
+    def gram(self) -> Float[Tensor, "S S"]:
+        """K_ss' = ⟨G_s, G_s'⟩, summed over the parameters of the layer."""
+        return self.resources.unscaled(self._gram(), 2)
+
+    def few_columns(self) -> Float[Tensor, "S P"] | None:
+        """G, one row a sequence, where the layer has at most half as many parameters as there are sequences; else None.
+
+        GᵀG is then the smaller matrix and says all that K = GGᵀ says. Not where a sketch or products of positions were
+        asked for by name.
+        """
+        parts = list(self.parameters.values())
+        sequences = parts[0].num_sequences
+        if self.resources.path not in ("auto", "dense") or 2 * sum(part.size for part in parts) > sequences:
+            return None
+        self.resources.workspace.start_layer()
+        formed = [
+            part.form(self.resources.workspace).flatten(1) if isinstance(part, MatrixGradients) else part.form()
+            for part in parts
+        ]
+        columns = torch.cat([at_least_float32(gradients) for gradients in formed], dim=1)
+        return self.resources.unscaled(columns, 1)
+
+    def _gram(self) -> Float[Tensor, "S S"]:
+        """K as the gradients came."""
+        resources = self.resources
+        resources.workspace.start_layer()
+        if resources.path == "sketched":
+            return self._sketched_gram()
+        matrices = [part for part in self.parameters.values() if isinstance(part, MatrixGradients)]
+        vectors = [part for part in self.parameters.values() if isinstance(part, VectorGradients)]
+        parts = []
+        for matrix in matrices:
+            path = matrix.path(resources.path)
+            biases = [vector for vector in vectors if path == "ghost" and matrix.has_bias(vector)][:1]
+            vectors = [vector for vector in vectors if vector not in biases]
+            parts.append(matrix.gram(path, resources.workspace, bias=bool(biases)))
+        return sum_of(parts + [vector.gram() for vector in vectors])
+
+    def _sketched_gram(self) -> Float[Tensor, "S S"]:
+        """K̂ of the layer. A bias is one more column of its weight, so it goes through the same projections."""
+        matrices = [part for part in self.parameters.values() if isinstance(part, MatrixGradients)]
+        vectors = [part for part in self.parameters.values() if isinstance(part, VectorGradients)]
+        parts = []
+        for matrix in matrices:
+            like = matrix.rights[0]
+            sketch = self.resources.sketch(matrix.rows, matrix.columns, like)
+            if sketch.left is None and sketch.right is None:  # short on both sides: nothing to gain
+                parts.append(matrix.gram("dense", self.resources.workspace))
+                continue
+            sketched = matrix.sketched(sketch)  # (S, k, l)
+            for bias in [vector for vector in vectors if vector.form().shape[1] == matrix.rows]:
+                vectors.remove(bias)
+                column = bias.form() if sketch.left is None else bias.form() @ sketch.left.to(like.dtype).T  # (S, k)
+                if sketch.right is None:
+                    sketched = torch.cat([sketched, column[:, :, None]], dim=2)
+                else:
+                    entries = self.resources.projection("bias", 1, like)[:, 0]  # Q's column for the constant input
+                    sketched = torch.addcmul(sketched, column[:, :, None], entries)
+            parts.append(grams.inner_products(sketched))
+        return sum_of(parts + [vector.gram() for vector in vectors])
+
+    def norms(self) -> Float[Tensor, "S"]:
+        """‖G_s‖, the Euclidean norm."""
+        norms = sum_of([part.squared_norms() for part in self.parameters.values()]).sqrt()
+        return self.resources.unscaled(norms, 1)
+
+    def token_overlaps(self, count: int) -> tuple[Float[Tensor, "S N"], Float[Tensor, "N"]]:
+        """⟨G_s, g_n⟩ and ‖g_n‖ for `count` random tokens n, or for all tokens where there are fewer."""
+        sequences, positions = self.resources.tokens(*self._shape_of_uses(), count)
+        parts = [part.token_overlaps(sequences, positions) for part in self.parameters.values()]
+        overlaps, squares = (sum_of(list(pieces)) for pieces in zip(*parts, strict=True))
+        return self.resources.unscaled(overlaps, 2), self.resources.unscaled(squares.sqrt(), 1)
+
+    def combine(self, coefficients: Float[Tensor, "S"]) -> dict[str, Tensor]:
+        """Σ_s c_s G_s, for every parameter."""
+        dtypes = {part.dtype for part in self.parameters.values()}
+        if dtypes.isdisjoint(grams.HALF_PRECISION):
+            return {name: part.combine(coefficients) for name, part in self.parameters.items()}
+        # Half precision ends at 65,504, and c_s = A_s/‖G_s‖_F may be larger: c goes in units of its largest entry.
+        unit = coefficients.abs().amax().clamp_min(torch.finfo(coefficients.dtype).tiny)
+        combined = {name: part.combine(coefficients / unit) for name, part in self.parameters.items()}
+        return {name: at_least_float32(gradient) * unit for name, gradient in combined.items()}
+
+    def _shape_of_uses(self) -> tuple[torch.Size, torch.device]:
+        """(S, T) of every use of the layer, and where they are."""
+        factors = [
+            factor
+            for part in self.parameters.values()
+            for factor in (part.rights if isinstance(part, MatrixGradients) else part.output_gradients)
+        ]
+        shapes = {factor.shape[:2] for factor in factors}
+        if len(shapes) != 1:
+            raise ValueError(
+                f"{', '.join(self.parameters)}: the token-sampled norm expected every use of the layer to have "
+                f"the same sequences and positions, got {sorted(shapes)}; use norm='sequence'"
+            )
+        return shapes.pop(), factors[0].device

@@ -1,0 +1,115 @@
+"""Where a model keeps its trainable parameters, and the stand-ins that take their places while a block is open."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from isopo_mini.engine.stand_in import Layer, Slot, StandIn
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a trainable parameter is kept: `module.key`. A shared parameter has several places."""
+
+    module: nn.Module
+    module_name: str
+    key: str
+    parameter: nn.Parameter
+
+
+def _places(model: nn.Module) -> list[_Place]:
+    """All places of all trainable parameters, in the order of `model.named_modules()`."""
+    return [
+        _Place(module, module_name, key, parameter)
+        for module_name, module in model.named_modules()
+        for key, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    ]
+
+
+def layer_names(model: nn.Module, layers: str = "separate") -> dict[nn.Parameter, str]:
+    """The layer of every trainable parameter: the module that owns it, with the parameters of that module.
+
+    Modules that share a parameter (a tied embedding) are one layer, named after the first of them.
+    """
+    return _layers_of(_places(model), layers)
+
+
+def _layers_of(places: list[_Place], layers: str) -> dict[nn.Parameter, str]:
+    """See `layer_names`."""
+    if layers == "together":
+        return {place.parameter: "(all)" for place in places}
+    names: dict[nn.Parameter, str] = {}
+    of_module: dict[nn.Module, str] = {}
+    for place in places:
+        own = of_module.setdefault(place.module, place.module_name or "(root)")
+        known = names.setdefault(place.parameter, own)
+        if known != own:  # the parameter ties this module to an earlier layer
+            for table in (names, of_module):
+                table.update({key: known for key, name in table.items() if name == own})  # type: ignore[misc]
+    return names
+
+
+@contextmanager
+def stand_ins(model: nn.Module, layers: str, make_layer: Callable[[str], Layer]) -> Iterator[list[StandIn]]:
+    """A stand-in before every trainable parameter, wherever a module keeps it; gone after the block whatever happens.
+
+    Args:
+        model: whose parameters are stood in for.
+        layers: see `layer_names`.
+        make_layer: makes the layer of a name, to which the uses of its parameters report.
+
+    Raises:
+        RuntimeError: there are stand-ins already, or a parameter was replaced inside of the block.
+    """
+    places = _places(model)
+    layer_of = _layers_of(places, layers)
+    made = {name: make_layer(name) for name in dict.fromkeys(layer_of.values())}
+    shadows: dict[nn.Parameter, StandIn] = {}
+    shadowed: list[tuple[nn.Module, str, StandIn]] = []
+    try:
+        for place in places:
+            module, key, parameter = place.module, place.key, place.parameter
+            if key in module.__dict__:
+                raise RuntimeError("microbatch: expected no other open microbatch of this model, got a second one")
+            if parameter not in shadows:
+                name = f"{place.module_name}.{key}" if place.module_name else key
+                shadows[parameter] = StandIn.for_slot(Slot(name, parameter, made[layer_of[parameter]]))
+            shadows[parameter].slot.places.append((module, key))
+            # An entry of __dict__ hides the parameter from attribute access and from nothing else:
+            # parameters(), state_dict() and the optimizer still see the real one.
+            module.__dict__[key] = shadows[parameter]
+            shadowed.append((module, key, shadows[parameter]))
+        with _nothing_compiled():
+            yield list(shadows.values())
+    finally:
+        replaced = _remove(shadowed)
+    if replaced:
+        raise RuntimeError(
+            f"parameter '{replaced[0]}': expected the same parameter until the microbatch ends, got another one in "
+            f"its place; assign parameters outside of the block"
+        )
+
+
+def _remove(shadowed: list[tuple[nn.Module, str, StandIn]]) -> list[str]:
+    """Take the stand-ins away, and name the parameters that somebody has replaced in the meantime."""
+    replaced = []
+    for module, key, shadow in shadowed:
+        if module.__dict__.get(key) is shadow:
+            del module.__dict__[key]
+        if module._parameters.get(key) is not shadow.slot.parameter:
+            replaced.append(shadow.slot.name)
+    return replaced
+
+
+def _nothing_compiled() -> AbstractContextManager[Any]:
+    """Compiled parts of the model run as they were written: compiled code would not know the stand-ins.
+
+    Without the compiler's module there is nothing compiled yet, and loading it takes seconds.
+    """
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

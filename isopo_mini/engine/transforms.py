@@ -1,0 +1,225 @@
+"""Which coefficients a layer's gradients get: the two variants of ISOPO, the scale of a layer, and their averages."""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from isopo_mini import checks
+from isopo_mini.engine.layer_gradients import LayerGradients
+from isopo_mini.geometry import isopo
+from isopo_mini.precision import at_least_float32
+
+
+class MovingAverages:
+    """Exponential moving averages of scalars of one layer, over optimizer steps.
+
+    Within a step every microbatch blends the history with its own value, so their order does not matter;
+    `end_step` then folds the mean over the microbatches into the history. The first step has no history and uses
+    its own values.
+
+    A value that is not finite, of a step that a `GradScaler` or a clipped norm would skip, does not enter the history:
+    the step after it is what it would have been without. None of this waits for a GPU. In `history`, NaN stands for a
+    name that has had no finite value yet.
+    """
+
+    def __init__(self, decay: float = 0.9) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"decay: expected a number in [0, 1), got {decay}")
+        self.decay = decay
+        self.history: dict[str, Tensor] = {}
+        self._pending: dict[str, list[Tensor]] = {}
+        self._noted: dict[str, list[Tensor]] = {}
+
+    def blend(self, name: str, value: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """decay·history + (1 − decay)·value."""
+        self._pending.setdefault(name, []).append(value)
+        return self._update(name, value)
+
+    def note(self, name: str, value: Float[Tensor, ""]) -> None:
+        """Keep a number for `noted`; it has no part in any average."""
+        self._noted.setdefault(name, []).append(value)
+
+    def noted(self) -> dict[str, Tensor]:
+        """Mean over the microbatches of what was noted since the last `end_step`, by name."""
+        return {name: torch.stack(values).mean() for name, values in self._noted.items()}
+
+    def end_step(self) -> None:
+        """Fold the values seen since the last call into the history."""
+        self._noted.clear()
+        for name, values in self._pending.items():
+            folded = self._update(name, values[0] if len(values) == 1 else _mean_of_finite(torch.stack(values)))
+            unchanged = self.history[name].to(folded) if name in self.history else torch.nan
+            self.history[name] = torch.where(folded.isfinite(), folded, unchanged)
+        self._pending.clear()
+
+    def forget_pending(self) -> None:
+        """Drop the values of a step that was abandoned."""
+        self._pending.clear()
+        self._noted.clear()
+
+    def _update(self, name: str, value: Tensor) -> Tensor:
+        if name not in self.history:
+            return value
+        history = self.history[name].to(value)
+        return torch.where(history == history, torch.lerp(value, history, self.decay), value)  # NaN is not itself
+
+
+def _mean_of_finite(values: Float[Tensor, "N"]) -> Float[Tensor, ""]:
+    """The mean without the numbers that are not finite; NaN if there are no others."""
+    finite = values.isfinite()
+    return torch.where(finite, values, 0.0).sum() / finite.sum()
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """Turns the advantages of a microbatch into one layer's coefficients."""
+
+    def coefficients(
+        self, layer: LayerGradients, advantages: Float[Tensor, "S"], averages: MovingAverages
+    ) -> Float[Tensor, "S"]:
+        """c, with which the layer's gradient becomes Σ_s c_s G_s."""
+        ...
+
+
+@dataclass(frozen=True)
+class NTK:
+    """c = λ(K + λI)⁻¹A or (K + λI)⁻¹A, λ = ρ · (moving average of tr K/S): the damped natural gradient of the layer.
+
+    Args:
+        damping: ρ > 0, without units. Large ρ is REINFORCE (with `"natural"`, over λ), small ρ the undamped natural
+            gradient.
+        scale: `"gradient"`: with the factor λ, as in the public code, for an optimizer such as AdamW, which undoes it;
+            `"natural"`: without, for SGD. See `isopo.ntk_coefficients`.
+        spectra: note two numbers of every layer's K (`MovingAverages.note`), which cost its eigenvalues:
+            `"participation"` (`isopo.participation_ratio`) and `"damping_share"`, λ over the largest eigenvalue, which
+            says what ρ does to the top direction there, in any layer of any model.
+
+    Raises:
+        ValueError: ρ is not positive, or the scale is unknown.
+    """
+
+    damping: float = 1.0
+    scale: str = "gradient"
+    spectra: bool = False
+
+    def __post_init__(self) -> None:
+        checks.require_positive("damping", self.damping)
+        checks.require_choice("scale", self.scale, isopo.NTK_SCALES)
+
+    def coefficients(
+        self, layer: LayerGradients, advantages: Float[Tensor, "S"], averages: MovingAverages
+    ) -> Float[Tensor, "S"]:
+        """See the class."""
+        columns = layer.few_columns()
+        if columns is not None and isopo.is_above_rounding(self.damping, columns):
+            eigenvalue = columns.double().square().sum() / len(columns)
+            damping = self.damping * averages.blend("eigenvalue", eigenvalue.to(columns.dtype))
+            coefficients = isopo.solve_ntk_by_columns(columns, advantages, damping)
+        else:
+            gram = layer.gram()
+            damping = self.damping * averages.blend("eigenvalue", isopo.mean_eigenvalue(gram))
+            above_rounding = isopo.is_above_rounding(self.damping, gram)
+            solver = isopo.solve_ntk if above_rounding else isopo.solve_ntk_by_eigenvalues
+            coefficients = solver(gram, advantages, damping)
+        if self.spectra:
+            if columns is not None:
+                gram = columns.double().mT @ columns.double()  # GᵀG has the eigenvalues of GGᵀ, but for zeros
+            self._note_spectrum(gram, damping, averages)
+        return coefficients if self.scale == "gradient" else isopo.over_scale(coefficients, damping)
+
+    def _note_spectrum(self, gram: Float[Tensor, "S S"], damping: Float[Tensor, ""], averages: MovingAverages) -> None:
+        """Both numbers of K; none of a step that is not finite, which a `GradScaler` skips."""
+        if gram.isfinite().all():
+            averages.note("participation", isopo.participation_ratio(gram))
+            averages.note("damping_share", isopo.damping_share(gram, damping))
+
+
+@dataclass(frozen=True)
+class LayerScaled:
+    """c = A/μ with μ = (moving average of) tr K/S: every layer's REINFORCE gradient, in that layer's natural scale.
+
+    No sequence is treated otherwise than another: it is what ISOPO's variants are in the natural scale, without what
+    they do between the sequences, and so what they have to be compared with. It is `NTK(ρ, scale="natural")` as ρ → ∞,
+    times ρ.
+    """
+
+    def coefficients(
+        self, layer: LayerGradients, advantages: Float[Tensor, "S"], averages: MovingAverages
+    ) -> Float[Tensor, "S"]:
+        """See the class."""
+        squares = layer.norms().double().square()
+        return isopo.over_scale(at_least_float32(advantages), averages.blend("eigenvalue", squares.mean()))
+
+
+@dataclass(frozen=True)
+class FisherNormalized:
+    """c_s = A_s / (nᵖ oᵠ rʷ): the advantages over (powers of) the norms of the layer's gradient.
+
+    n = ‖G_s‖ is the Euclidean norm, o = ‖G_s‖_F the Fisher norm, r = o/n their ratio. The defaults are ISOPO
+    as published: o alone.
+
+    Args:
+        norm: `"sequence"`: o_s² = (1/S) Σ_s' K_ss'². `"token"`: from sampled tokens and divided by their norms, as in
+            the public code. `"token-unscaled"`: the same without that division.
+        gradient_power: p.
+        overlap_power: q.
+        ratio_power: w.
+        strength: ρ ≥ 0 of the regulariser, see `isopo.regularized`.
+        keep_small: which regulariser.
+        tokens: how many tokens are sampled for the token norms.
+        scale: of the layer. `"norm"`, as published: the divisor is what it is. `"gradient"`: it is taken relative to
+            its root mean square, A·rms(o)/o_s, so that the layer's step has the size of REINFORCE's and only the
+            sequences' shares differ. `"natural"`: that, over (a moving average of) tr K/S, as in `LayerScaled`.
+
+    Raises:
+        ValueError: an unknown norm or scale, a negative strength, or fewer than one token.
+    """
+
+    norm: str = "sequence"
+    gradient_power: float = 0.0
+    overlap_power: float = 1.0
+    ratio_power: float = 0.0
+    strength: float = 0.0
+    keep_small: bool = False
+    tokens: int = 250
+    scale: str = "norm"
+
+    def __post_init__(self) -> None:
+        checks.require_choice("norm", self.norm, ("sequence", "token", "token-unscaled"))
+        checks.require_choice("scale", self.scale, ("norm", "gradient", "natural"))
+        checks.require_at_least("strength", self.strength, 0.0)
+        checks.require_at_least("tokens", self.tokens, 1)
+
+    def coefficients(
+        self, layer: LayerGradients, advantages: Float[Tensor, "S"], averages: MovingAverages
+    ) -> Float[Tensor, "S"]:
+        """See the class."""
+        overlaps = self._fisher_norms(layer)
+        factors = [("overlap", overlaps, self.overlap_power)]
+        if self.gradient_power or self.ratio_power:
+            norms = layer.norms().to(overlaps.dtype)
+            ratios = torch.where(norms == 0, torch.zeros_like(norms), overlaps / norms)
+            factors += [("gradient", norms, self.gradient_power), ("ratio", ratios, self.ratio_power)]
+        coefficients = advantages
+        for name, values, power in factors:
+            if power:
+                mean_square = averages.blend(name, isopo.mean_of_squares(values))
+                values = isopo.regularized(values, self.strength, mean_square, self.keep_small)
+                if self.scale != "norm":
+                    values = isopo.over_scale(values, isopo.mean_of_squares(values).sqrt())
+                coefficients = isopo.divide(coefficients, values, power)
+        if self.scale == "natural":
+            coefficients = LayerScaled().coefficients(layer, coefficients, averages)
+        return coefficients
+
+    def _fisher_norms(self, layer: LayerGradients) -> Float[Tensor, "S"]:
+        if self.norm == "sequence":
+            columns = layer.few_columns()
+            if columns is not None:
+                return isopo.fisher_norms_by_columns(columns)
+            return isopo.root_mean_square(layer.gram())
+        overlaps, token_norms = layer.token_overlaps(self.tokens)
+        return isopo.token_fisher_norms(overlaps, token_norms if self.norm == "token" else None)

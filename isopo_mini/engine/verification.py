@@ -1,0 +1,157 @@
+"""Does the engine get a model of your own right? One call compares it with autograd."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from jaxtyping import Float
+from torch import Tensor
+
+from isopo_mini import checks
+from isopo_mini.engine.microbatch import Microbatch, Uses
+from isopo_mini.engine.parameter_gradients import MatrixGradients, VectorGradients
+from isopo_mini.precision import at_least_float32
+
+NAMED = 5  # parameters that an error lists
+
+
+def verify(
+    model: nn.Module, log_probs: Callable[[int], Float[Tensor, "S ..."]], num_sequences: int, *, seed: int = 0
+) -> dict[str, float]:
+    """Compare the engine's Σ_s A_s G_s, for random A, with autograd's ∇ Σ_s A_s log π_s, which needs no engine.
+
+    If each G_s is the gradient of sequence s and of no other, the two are equal for every A. It is tried with
+    `num_sequences` and with one sequence less, since some mistakes are silent where S is also the number of positions.
+    Run it once on a new model. It takes four forward passes and leaves `.grad` alone.
+
+    Args:
+        model: the policy, with dropout switched off.
+        log_probs: computes the log-probabilities of the first S sequences of a fixed batch, first axis S.
+        num_sequences: S, at least 2.
+        seed: of A.
+
+    Returns:
+        For every parameter the larger of its two errors ‖engine − autograd‖, divided by the sum of the norms of all
+        that its gradient is a sum of: rounding, about 1e-16 in double and 1e-7 in single precision. A parameter that is
+        missing had no gradient, so that nothing was compared.
+
+    Raises:
+        ValueError: the two differ by more than the root of the dtype's precision; the error says for which parameters
+            and by how much. Or the log-probabilities are not `(S, …)`, or not the same in two calls.
+        UnhandledParameterError: see `Isopo.microbatch`, whose errors about the model are raised here too.
+
+    What it cannot see: code that this batch does not reach, such as longer sequences or another branch; a parameter
+    without gradient at these values, such as the first factor of a low-rank update whose second is still zero;
+    what is random in training only; a loss other than these log-probabilities, its mask and its scale; and in half
+    precision anything below ten percent.
+
+    Example:
+        >>> import torch
+        >>> model, features = torch.nn.Linear(3, 2).double(), torch.randn(5, 3).double()
+        >>> errors = verify(model, lambda n: model(features[:n]).log_softmax(-1)[:, 0], 5)
+        >>> max(errors.values()) < 1e-14
+        True
+    """
+    if not isinstance(num_sequences, int):
+        raise TypeError(f"num_sequences: expected an integer, got {type(num_sequences).__name__}")
+    checks.require_at_least("num_sequences", num_sequences, 2)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not parameters:
+        raise ValueError("model: expected at least one trainable parameter, got none")
+    generator = torch.Generator().manual_seed(seed)
+    errors: dict[str, float] = {}
+    for count in (num_sequences, num_sequences - 1):
+        advantages = torch.randn(count, generator=generator, dtype=torch.float64)
+        for comparison in _comparisons(model, parameters, log_probs, advantages):
+            errors[comparison.name] = max(comparison.relative_error, errors.get(comparison.name, 0.0))
+    return errors
+
+
+@dataclass
+class _Comparison:
+    """One parameter's gradient by the engine and by autograd."""
+
+    name: str
+    error: float  # ‖engine − autograd‖
+    norm: float  # ‖autograd‖
+    size: float  # what the norm would be if nothing cancelled
+    precision: float  # ε of the numbers that the gradient is made of
+
+    @property
+    def relative_error(self) -> float:
+        return self.error / self.size
+
+    def __str__(self) -> str:
+        return f"'{self.name}' ({f'{self.error / self.norm:.1%} off' if self.norm else 'where there is none'})"
+
+
+def _comparisons(
+    model: nn.Module, parameters: dict[str, nn.Parameter], log_probs: Callable[[int], Tensor], advantages: Tensor
+) -> list[_Comparison]:
+    """All parameters that have a gradient, for one number of sequences; an error if the gradients are not the same."""
+    count, wanted = len(advantages), list(parameters.values())
+    values = _sum_by_sequence(log_probs(count), count)
+    advantages = advantages.to(values)
+    expected = torch.autograd.grad(values @ advantages, wanted, allow_unused=True)
+    parts: Uses = {}
+
+    def close_layer(_: str, uses: Uses) -> dict[str, Tensor]:
+        parts.update(uses)
+        return {name: part.combine(advantages) for name, part in uses.items()}
+
+    with Microbatch(model, "separate", count, close_layer).opened():
+        again = _sum_by_sequence(log_probs(count), count)
+        found = torch.autograd.grad(again.sum(), wanted, allow_unused=True)
+    _require_same(values, again)
+
+    comparisons = []
+    for name, *pair in zip(parameters, found, expected, strict=True):
+        ours, theirs = (torch.zeros_like(parameters[name]) if gradient is None else gradient for gradient in pair)
+        error, norm, size, precision = float((ours - theirs).norm()), float(theirs.norm()), 0.0, torch.float64
+        if name in parts:
+            size, precision = _sum_of_norms(parts[name], advantages), parts[name].dtype
+        epsilon = max(torch.finfo(dtype).eps for dtype in (precision, values.dtype))
+        if max(norm, size) > 0:
+            comparisons.append(_Comparison(name, error, norm, max(norm, size), epsilon))
+    wrong = [each for each in comparisons if not each.relative_error <= each.precision**0.5]
+    if wrong:
+        more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        raise ValueError(
+            f"model: expected autograd's gradient with S={count} sequences, got another one from the engine for "
+            f"{', '.join(map(str, wrong[:NAMED]))}{more}; the first axis of every layer's input must be the sequences, "
+            f"in the order of the advantages, and no sequence may influence another"
+        )
+    return comparisons
+
+
+def _sum_by_sequence(log_probs: Tensor, count: int) -> Tensor:
+    """log π of every sequence, `(S,)`."""
+    if not isinstance(log_probs, Tensor) or log_probs.ndim == 0 or len(log_probs) != count:
+        came = tuple(log_probs.shape) if isinstance(log_probs, Tensor) else type(log_probs).__name__
+        raise ValueError(f"log_probs: expected a tensor whose first axis is the S={count} sequences, got {came}")
+    return at_least_float32(log_probs.reshape(count, -1)).sum(dim=1)
+
+
+def _require_same(values: Tensor, again: Tensor) -> None:
+    """Nothing can be compared if the log-probabilities are random."""
+    values, again = values.detach(), again.detach()
+    difference = float((values - again).abs().max())
+    if not difference <= torch.finfo(values.dtype).eps ** 0.5 * max(1.0, float(values.abs().max())):
+        raise ValueError(
+            f"log_probs: expected the same numbers in two calls, got numbers up to {difference:.2g} apart; switch "
+            f"dropout off with model.eval()"
+        )
+
+
+def _sum_of_norms(part: MatrixGradients | VectorGradients, advantages: Tensor) -> float:
+    """Σ_st |A_s| ‖left_st‖ ‖right_st‖: what the norm of the gradient would be if nothing cancelled."""
+    lefts, rights = (
+        (part.lefts, part.rights) if isinstance(part, MatrixGradients) else (part.output_gradients, part.factors)
+    )
+    total = 0.0
+    for pair in zip(lefts, rights, strict=True):
+        vectors = [vector.detach() for vector in pair if vector is not None and vector.is_floating_point()]
+        norms = torch.stack([at_least_float32(vector).norm(dim=-1) for vector in vectors]).prod(dim=0)  # (S, T)
+        total += float((advantages.abs().to(norms) @ norms).sum())
+    return total
