@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
-from test_layerwise import MODELS, POSITIONS, SEQUENCES, WORDS, make
+from test_engine import MODELS, POSITIONS, SEQUENCES, WORDS, make
 from torch import Tensor
 
 from isopo_mini.engine import UnhandledParameterError, matrix_product, verify

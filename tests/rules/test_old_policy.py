@@ -1,4 +1,4 @@
-"""What is special to the rules that stay near the policy the batch came from. `test_update_rules` has the rest."""
+"""What is special to the rules that stay near the policy the batch came from. `test_one_step` has the rest."""
 
 import math
 from typing import Any

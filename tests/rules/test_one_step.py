@@ -22,11 +22,10 @@ from isopo_mini.rules import (
     NtkIsopo,
     Reinforce,
     TrustRegion,
-    assign_gradient,
     batch_advantages,
     centred_advantages,
 )
-from isopo_mini.rules.rule_parts import spread_order
+from isopo_mini.rules.rule_parts import assign_gradient, spread_order
 from isopo_mini.tasks.bandit import ContextualBandit
 from isopo_mini.training import diagnostics
 from isopo_mini.training.loop import train
