@@ -13,19 +13,20 @@ SHARED = {"batch", "checks", "precision", "writing"}
 ALLOWED = {
     "tasks": SHARED | {"policies"},
     "policies": SHARED,
-    "geometry": SHARED | {"policies"},
+    "geometry": SHARED | {"old_names"},
     "objectives": SHARED | {"policies"},
     "engine": SHARED | {"geometry"},
     "rules": SHARED | {"policies", "geometry", "engine", "objectives"},
-    "training": SHARED | {"policies", "rules"},
+    "training": SHARED | {"policies", "rules", "old_names"},
     "experiments": SHARED | {*ROOMS, "__init__"},
     "batch": {"checks"},
     "checks": set(),
+    "old_names": set(),
     "precision": set(),
     "writing": set(),
     "plotting": SHARED | set(ROOMS),
     "exercises": SHARED | set(ROOMS),
-    "__init__": SHARED | set(ROOMS),
+    "__init__": SHARED | {*ROOMS, "old_names"},
 }
 
 

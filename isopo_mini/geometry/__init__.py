@@ -6,5 +6,8 @@ engine (`isopo_mini.engine`) computes it inside one backward pass. Functions are
 """
 
 from isopo_mini.geometry import fisher, gram, isopo, natural_gradient
+from isopo_mini.old_names import attributes_of
 
 __all__ = ["fisher", "gram", "isopo", "natural_gradient"]
+
+__getattr__ = attributes_of(__name__)

@@ -1,6 +1,6 @@
 """Who acts: policies over a finite set of actions."""
 
-from isopo_mini.policies.categorical import CategoricalPolicy, categorical_kl
+from isopo_mini.policies.categorical import CategoricalPolicy, categorical_kl, entropy, kl_divergence
 from isopo_mini.policies.checkpoints import load_policy, read_origin, save_policy
 from isopo_mini.policies.mlp import MLP
 from isopo_mini.policies.sampling import Sampled
@@ -15,6 +15,8 @@ __all__ = [
     "Sampled",
     "TabularSoftmax",
     "categorical_kl",
+    "entropy",
+    "kl_divergence",
     "load_policy",
     "read_origin",
     "save_policy",

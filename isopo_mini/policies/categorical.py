@@ -4,7 +4,7 @@
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from isopo_mini import checks
@@ -36,6 +36,46 @@ def categorical_kl(log_probs: Float[Tensor, "*B A"], other_log_probs: Float[Tens
     # Where the difference is infinite so is the term, also where the probability is too small to be written.
     terms = torch.where(difference == torch.inf, torch.inf, log_probs.exp() * difference)
     return terms.sum(dim=-1)
+
+
+@torch.no_grad()
+def kl_divergence(
+    logits_before: Float[Tensor, "*B A"], logits_after: Float[Tensor, "*B A"], mask: Bool[Tensor, "*B"] | None = None
+) -> Float[Tensor, ""]:
+    """KL(before ‖ after) = mean over real positions of Σ_a π(a) log(π(a)/π'(a)), exact over the actions.
+
+    Args:
+        logits_before: of the policy π before the step, `(..., A)`; −inf forbids an action.
+        logits_after: of the policy π' after it, `(..., A)`, at the same observations.
+        mask: True where a position counts, `(...)`; all of them when None.
+
+    Returns:
+        A scalar, float64, ≥ 0 up to rounding; infinite when π' forbids an action that π takes.
+
+    Raises:
+        ValueError: shapes differ, or no position counts.
+    """
+    if logits_after.shape != logits_before.shape:
+        raise ValueError(f"logits_after: expected shape {tuple(logits_before.shape)}, got {tuple(logits_after.shape)}")
+    before, after = logits_before.double().log_softmax(-1), logits_after.double().log_softmax(-1)
+    return _mean(categorical_kl(before, after), mask)
+
+
+@torch.no_grad()
+def entropy(logits: Float[Tensor, "*B A"], mask: Bool[Tensor, "*B"] | None = None) -> Float[Tensor, ""]:
+    """H = −Σ_a π(a) log π(a) in nats, mean over real positions: log A when uniform, 0 when certain.
+
+    Args:
+        logits: `(..., A)`; −inf forbids an action.
+        mask: True where a position counts, `(...)`; all of them when None.
+
+    Returns:
+        A scalar, float64.
+
+    Raises:
+        ValueError: shapes differ, or no position counts.
+    """
+    return _mean(torch.special.entr(logits.double().softmax(-1)).sum(dim=-1), mask)
 
 
 class CategoricalPolicy(nn.Module):
@@ -91,3 +131,14 @@ class CategoricalPolicy(nn.Module):
         flat = log_probs.reshape(-1, log_probs.shape[-1]).exp()
         actions = torch.multinomial(flat, 1, generator=generator).reshape(log_probs.shape[:-1])
         return actions, log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+
+
+def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of the values (...) where the mask is True."""
+    if mask is not None:
+        if mask.shape != values.shape:
+            raise ValueError(f"mask: expected shape {tuple(values.shape)}, got {tuple(mask.shape)}")
+        values = values[mask]
+    if values.numel() == 0:
+        raise ValueError("mask: expected at least one position that counts, got none")
+    return values.mean()

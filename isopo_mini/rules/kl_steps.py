@@ -16,7 +16,7 @@ from torch import Tensor
 from isopo_mini import checks
 from isopo_mini.batch import Batch
 from isopo_mini.geometry import fisher
-from isopo_mini.training.loop import UpdateRule
+from isopo_mini.rules.protocol import UpdateRule
 
 
 @dataclass

@@ -13,6 +13,7 @@ from isopo_mini import checks
 from isopo_mini.batch import Batch
 from isopo_mini.geometry import fisher, natural_gradient
 from isopo_mini.objectives.losses import LOSSES, Loss
+from isopo_mini.policies.categorical import kl_divergence
 from isopo_mini.rules.repeatable import log_prob
 from isopo_mini.rules.rule_parts import (
     UNITS,
@@ -25,10 +26,10 @@ from isopo_mini.rules.rule_parts import (
     centred_advantages,
     clear_gradients,
     finish,
+    flat_gradient,
     standardised_advantages,
     weigh,
 )
-from isopo_mini.training import diagnostics
 
 # Methods whose definition includes their advantages.
 _DEFINED_ADVANTAGES: dict[str, Advantages] = {
@@ -197,7 +198,7 @@ class TrustRegion:
         clear_gradients(policy, optimizer)
         accumulate(policy, batch, weights)
         direction, convergence = natural_gradient.solve_cg(
-            product, -diagnostics.flat_gradient(policy), self.damping, self.max_iterations, self.tolerance
+            product, -flat_gradient(policy), self.damping, self.max_iterations, self.tolerance
         )
         curvature = direction.dot(product(direction)).item()  # xᵀFx
         # Zero advantages give x = 0 and no step.
@@ -206,7 +207,7 @@ class TrustRegion:
         assign_gradient(policy, -fraction * longest)
         return {
             "backward_passes": 2.0 + convergence.iterations,  # one for g, one a product with F
-            "gradient_norm": diagnostics.flat_gradient(policy).norm().item(),
+            "gradient_norm": flat_gradient(policy).norm().item(),
             "cg_iterations": float(convergence.iterations),
             "step_fraction": fraction,
             "kl_step": kl,
@@ -229,7 +230,7 @@ class TrustRegion:
         for _ in range(self.trials if longest.any() else 0):
             for parameter, start, move in zip(trainable, before, moves, strict=True):
                 parameter.copy_(start + fraction * move)
-            mean_kl = diagnostics.kl_divergence(logits, policy.logits(batch.observations), batch.mask)
+            mean_kl = kl_divergence(logits, policy.logits(batch.observations), batch.mask)
             kl = mean_kl.item() * int(batch.mask.sum()) / units
             ratios = (policy.log_prob(batch).double() - log_probs.double()).exp()
             gain = (weights * (ratios - 1)).sum().item()

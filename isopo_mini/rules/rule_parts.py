@@ -17,7 +17,6 @@ from isopo_mini import checks
 from isopo_mini.batch import Batch
 from isopo_mini.objectives.advantages import group_advantages, leave_one_out
 from isopo_mini.rules.repeatable import log_prob
-from isopo_mini.training import diagnostics
 
 UNITS = ("sequence", "step", "token")
 Advantages = Callable[[Batch], Tensor]
@@ -160,8 +159,23 @@ def accumulate(policy: torch.nn.Module, batch: Batch, weights: Float[Tensor, "S 
         start += len(part)
 
 
+def flat_gradient(policy: torch.nn.Module) -> Float[Tensor, "P"]:
+    """The `.grad` of every trainable parameter end to end, in `policy.parameters()` order; zeros where there is none.
+
+    This is the order of the columns of `geometry.fisher.score_matrix`. An update rule leaves in `.grad` what an
+    optimizer subtracts, so the direction in which the policy moves is minus this.
+
+    Raises:
+        ValueError: no parameter is trainable.
+    """
+    trainable = [value for value in policy.parameters() if value.requires_grad]
+    if not trainable:
+        raise ValueError("policy: expected at least one trainable parameter, got none")
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).detach().flatten() for p in trainable])
+
+
 def assign_gradient(policy: torch.nn.Module, gradient: Float[Tensor, "P"]) -> None:
-    """Write a flat vector into `.grad`, in `policy.parameters()` order; the inverse of `diagnostics.flat_gradient`.
+    """Write a flat vector into `.grad`, in `policy.parameters()` order; the inverse of `flat_gradient`.
 
     Raises:
         ValueError: the length is not the number of trainable parameters.
@@ -175,7 +189,7 @@ def assign_gradient(policy: torch.nn.Module, gradient: Float[Tensor, "P"]) -> No
 
 def finish(policy: torch.nn.Module, optimizer: torch.optim.Optimizer, backward_passes: float = 1.0) -> dict[str, float]:
     """Let the optimizer step, and report what every rule reports."""
-    norm = diagnostics.flat_gradient(policy).norm().item()
+    norm = flat_gradient(policy).norm().item()
     optimizer.step()
     return {"backward_passes": float(backward_passes), "gradient_norm": norm}
 

@@ -33,8 +33,8 @@ from isopo_mini.rules.one_step import (
     NtkIsopo,
     Reinforce,
 )
+from isopo_mini.rules.protocol import UpdateRule
 from isopo_mini.rules.rule_parts import Advantages, with_entropy
-from isopo_mini.training.loop import UpdateRule
 
 
 @dataclass(frozen=True)

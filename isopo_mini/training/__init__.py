@@ -4,6 +4,9 @@
 policy and along which direction.
 """
 
+from isopo_mini.old_names import attributes_of
 from isopo_mini.training import diagnostics, loop
 
 __all__ = ["diagnostics", "loop"]
+
+__getattr__ = attributes_of(__name__)

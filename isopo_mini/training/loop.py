@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from isopo_mini import checks
 from isopo_mini.batch import Batch
+from isopo_mini.rules.protocol import UpdateRule as UpdateRule
 from isopo_mini.rules.repeatable import repeatable
 from isopo_mini.training import diagnostics
 
@@ -27,19 +28,6 @@ class Task(Protocol):
 
     def evaluate(self, policy: Any) -> dict[str, float]:
         """How good the policy is, exact where possible. "return" is the number to maximise."""
-
-
-@runtime_checkable
-class UpdateRule(Protocol):
-    """How one batch changes the policy."""
-
-    def step(self, policy: Any, batch: Batch, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        """Use one batch, in one or several optimizer steps; return metrics.
-
-        The metric "backward_passes" counts in units of the batch: 1 when every sequence went through one backward
-        pass, in microbatches or not; 4 after four epochs. Other names are free, except those in `COLUMNS`. What a
-        rule draws itself, minibatches or sketches, it draws from a generator it was given when it was made.
-        """
 
 
 def train(
