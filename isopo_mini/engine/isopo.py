@@ -14,9 +14,11 @@ import torch
 import torch.nn as nn
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from isopo_mini import checks
 from isopo_mini.engine import handlers  # noqa: F401  (importing registers them)
+from isopo_mini.engine.across_ranks import GatheredGradients, Ranks
 from isopo_mini.engine.layer_gradients import PATHS, LayerGradients, Resources
 from isopo_mini.engine.loss_scale import check_loss_scale, grad_scaler_noticed
 from isopo_mini.engine.microbatch import PAST_ITS_MODULE, LayerUses, Microbatch, Uses
@@ -37,14 +39,17 @@ class Isopo:
         sketch_size: k of the sketched Gram matrix.
         layers: `"separate"`: one set of coefficients a layer. `"together"`: one for the whole model, from the sum of
             all Gram matrices; backpropagation then holds every layer's factors until its end.
+        process_group: of `torch.distributed`, whose processes share Gram matrices: with R processes of s sequences each
+            takes the step of one process with R·s. Needs `gram="sketched"`; see `across_ranks`. None: each process has
+            its own Gram matrices.
         decay: of the moving averages.
-        seed: of the sketches and of the sampled tokens.
+        seed: of the sketches and of the sampled tokens; the same in all processes of the group.
 
     Raises:
-        ValueError: an unknown option, or a model without trainable parameters.
+        ValueError: an unknown option, a process group with another `gram`, or a model without trainable parameters.
 
-    Under `DistributedDataParallel` give the inner module; each rank transforms its own microbatch, then gradients are
-    averaged over the ranks as always.
+    Under `DistributedDataParallel` give the inner module. Each rank transforms its own microbatch, or with a process
+    group all of them one; then gradients are averaged over the ranks as always: pass A/s, s the sequences of a process.
     """
 
     def __init__(
@@ -55,17 +60,21 @@ class Isopo:
         gram: str = "auto",
         sketch_size: int = 32,
         layers: str = "separate",
+        process_group: ProcessGroup | None = None,
         decay: float = 0.9,
         seed: int = 0,
     ) -> None:
         checks.require_choice("gram", gram, PATHS)
         checks.require_choice("layers", layers, ("separate", "together"))
         checks.require_at_least("sketch_size", sketch_size, 1)
+        if process_group is not None and gram != "sketched":
+            raise ValueError(f"gram: expected 'sketched' with a process group, since sketches travel, got '{gram}'")
         self.model = model
         self.transform = transform
         self.gram = gram
         self.sketch_size = sketch_size
         self.layers = layers
+        self.ranks = None if process_group is None else Ranks(process_group)
         self._decay = decay
         self._seed = seed
         self._averages: dict[str, MovingAverages] = {}
@@ -111,13 +120,17 @@ class Isopo:
         advantages = advantages.detach()
 
         resources = self._resources(mask, loss_scale)
+        ranks = self.ranks
+        all_advantages = advantages if ranks is None else ranks.all_advantages(advantages)
 
         def note_scaler(scale: Tensor) -> None:
             resources.loss_scale = loss_scale * scale
 
         def close_layer(name: str, uses: Uses) -> dict[str, Tensor]:
             gradients = LayerGradients(uses, resources)
-            coefficients = self.transform.coefficients(gradients, advantages, self.averages(name))
+            asked = gradients if ranks is None else GatheredGradients(gradients, ranks)
+            coefficients = self.transform.coefficients(asked, all_advantages, self.averages(name))
+            coefficients = coefficients if ranks is None else ranks.own(coefficients)
             microbatch.coefficients[name] = coefficients
             return gradients.combine(coefficients)
 
