@@ -158,7 +158,7 @@ def test_a_process_that_dies_ends_all(capfd: pytest.CaptureFixture[str]) -> None
 
 
 def test_sketches_travel_and_nothing_else_does(tmp_path: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "meeting"), 1), rank=0, world_size=1)
     try:
         policy, group = make_policy(), dist.group.WORLD
         for gram in ("auto", "dense", "ghost"):
