@@ -1,0 +1,18 @@
+"""ISOPO inside the training programs of others. Each module is thin and optional; importing this room loads none.
+
+- `trl`: `IsopoGRPOTrainer`, trl's `GRPOTrainer` with ISOPO's gradient (extra `trl`); `lm_head` is a part of it.
+
+A loop of your own needs no module, with `accelerate` or without. Two things have to be known of `accelerate`: the engine
+is given the model before `prepare` wraps it, and `accelerator.backward` divides the loss by the number of microbatches,
+which is a scale of the loss that the engine must be told:
+
+    model, optimizer = accelerator.prepare(model, optimizer)
+    isopo = Isopo(accelerator.unwrap_model(model), NTK(damping=1.0))
+    optimizer.register_step_post_hook(lambda *_: isopo.end_step())
+    for sequences, advantages in batches:
+        with accelerator.accumulate(model):
+            with isopo.microbatch(advantages, loss_scale=1 / accelerator.gradient_accumulation_steps):
+                accelerator.backward(-log_prob(model, sequences).sum())
+            optimizer.step()
+            optimizer.zero_grad()
+"""
