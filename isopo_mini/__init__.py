@@ -12,10 +12,21 @@ from typing import TYPE_CHECKING, Any
 from isopo_mini import old_names
 
 if TYPE_CHECKING:
-    from isopo_mini import engine, experiments, geometry, objectives, policies, rules, tasks, training
+    from isopo_mini import engine, experiments, geometry, integrations, objectives, policies, rules, tasks, training
     from isopo_mini.batch import Batch
 
-__all__ = ["Batch", "engine", "experiments", "geometry", "objectives", "policies", "rules", "tasks", "training"]
+__all__ = [
+    "Batch",
+    "engine",
+    "experiments",
+    "geometry",
+    "integrations",
+    "objectives",
+    "policies",
+    "rules",
+    "tasks",
+    "training",
+]
 __version__ = "0.1.0"
 
 old_names.keep()

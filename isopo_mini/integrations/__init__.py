@@ -3,12 +3,12 @@
 - `trl`: `IsopoGRPOTrainer`, trl's `GRPOTrainer` with ISOPO's gradient (extra `trl`); `lm_head` is a part of it.
 
 A loop of your own needs no module, with `accelerate` or without. Two things have to be known of `accelerate`: the engine
-is given the model before `prepare` wraps it, and `accelerator.backward` divides the loss by the number of microbatches,
-which is a scale of the loss that the engine must be told:
+and its hook are given the model and the optimizer before `prepare` wraps them, and `accelerator.backward` divides the
+loss by the number of microbatches, which is a scale of the loss that the engine must be told:
 
-    model, optimizer = accelerator.prepare(model, optimizer)
-    isopo = Isopo(accelerator.unwrap_model(model), NTK(damping=1.0))
+    isopo = Isopo(model, NTK(damping=1.0))
     optimizer.register_step_post_hook(lambda *_: isopo.end_step())
+    model, optimizer = accelerator.prepare(model, optimizer)
     for sequences, advantages in batches:
         with accelerator.accumulate(model):
             with isopo.microbatch(advantages, loss_scale=1 / accelerator.gradient_accumulation_steps):

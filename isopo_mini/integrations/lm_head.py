@@ -55,12 +55,16 @@ def open_lm_head(model: Any, temperature: float) -> None:
 def scores_of(
     logits: Float[Tensor, "S T V"], labels: Int[Tensor, "S T"]
 ) -> tuple[Float[Tensor, "S T"], Float[Tensor, "S T"]]:
-    """log π of the labels, and the entropy without gradient; zero where a label is ignored."""
+    """log π of the labels, and the entropy, both zero where a label is ignored.
+
+    The entropy is without gradient and in single precision, as trl's is: trl compares it with a quantile of itself.
+    """
     scored: Bool[Tensor, "S T"] = labels != IGNORED
     normalizers = logits.logsumexp(dim=-1)
     log_probs = logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0] - normalizers
     with torch.no_grad():
         entropies = normalizers - (logits * (logits - normalizers[..., None]).exp()).sum(dim=-1)
+        entropies = entropies.float()
     return log_probs.masked_fill(~scored, 0.0), entropies.masked_fill(~scored, 0.0)
 
 
