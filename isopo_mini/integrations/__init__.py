@@ -2,9 +2,9 @@
 
 - `trl`: `IsopoGRPOTrainer`, trl's `GRPOTrainer` with ISOPO's gradient (extra `trl`); `lm_head` is a part of it.
 
-A loop of your own needs no module, with `accelerate` or without. Two things have to be known of `accelerate`: the engine
-and its hook are given the model and the optimizer before `prepare` wraps them, and `accelerator.backward` divides the
-loss by the number of microbatches, which is a scale of the loss that the engine must be told:
+A loop of your own needs no module, with `accelerate` or without. Two things have to be known of `accelerate`: the
+engine and its hook are given the model and the optimizer before `prepare` wraps them, and `accelerator.backward`
+divides the loss by the number of microbatches, which is a scale of the loss that the engine must be told:
 
     isopo = Isopo(model, NTK(damping=1.0))
     optimizer.register_step_post_hook(lambda *_: isopo.end_step())

@@ -32,9 +32,7 @@ def open_lm_head(model: Any, temperature: float) -> None:
     fused = model.forward
 
     @functools.wraps(type(model).forward)  # `generate` reads the signature
-    def forward(
-        self: Any, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any
-    ) -> Any:
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any) -> Any:
         if not fused_lm_head or labels is None or not _is_watched(self.get_output_embeddings()):
             return fused(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
         positions = _first_scored_from_the_end(labels)

@@ -8,8 +8,8 @@
 
 Every loss type of trl is a sum over the sequences of a microbatch, w · Σ_s |A_s| ℓ_s(sign A_s), with a weight w that
 they share: 1 over the number of sequences, or of tokens, and of accumulated microbatches. What one sequence has of its
-own is ℓ_s, its mean over tokens (`grpo`, `sapo`) or its sum (all others). So trl's loss is given the signs, for its clip
-goes by them, and the engine gets |A|. With G_s = ∇ℓ_s, `.grad` holds w · Σ_s c_s G_s: trl's gradient where c = |A|.
+own is ℓ_s, its mean over tokens (`grpo`, `sapo`) or its sum (all others). So trl's loss is given the signs, for its
+clip goes by them, and the engine gets |A|. With G_s = ∇ℓ_s, `.grad` holds w · Σ_s c_s G_s: trl's gradient if c = |A|.
 To give the sign to the loss and not to the engine changes neither variant: K becomes DKD with D = diag(sign A), norms
 stay as they are. A sequence with A = 0 counts as positive, so that its row of K is there.
 
@@ -85,7 +85,7 @@ class IsopoGRPOTrainer(GRPOTrainer):
     # --- One microbatch ----------------------------------------------------------------------------------------------
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """trl's, which calls `compute_loss` and then goes back; the engine's block is open from the one to the other."""
+        """trl's, which calls `compute_loss` and then goes back; the engine's block is open in between."""
         with ExitStack() as stack, _replaced(self, _until_backward=stack, _scores=[]):
             return super().training_step(model, inputs, num_items_in_batch)
 
@@ -198,7 +198,7 @@ class IsopoGRPOTrainer(GRPOTrainer):
         """Options that would be an error in the first backward pass, or a step of another kind, are one here."""
         head = self.model.get_output_embeddings()
         trained_head = head is not None and any(parameter.requires_grad for parameter in head.parameters())
-        checkpointing = self.args.gradient_checkpointing and self.args.gradient_checkpointing_kwargs or {}
+        checkpointing = (self.args.gradient_checkpointing and self.args.gradient_checkpointing_kwargs) or {}
         of_a_group = self.args.per_device_train_batch_size % self.num_generations
         for refused, option, advice in (
             (self.args.use_liger_kernel, "use_liger_kernel", "its kernels hide the parameters; switch it off"),

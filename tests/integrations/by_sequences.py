@@ -46,9 +46,7 @@ def objectives(trainer: Any, inputs: dict[str, Any], log_probs: Tensor, advantag
     return by_sequence(trainer, losses, mask)
 
 
-def other_terms(
-    trainer: Any, inputs: dict[str, Any], log_probs: Tensor, entropies: Tensor, accumulated: int
-) -> Tensor:
+def other_terms(trainer: Any, inputs: dict[str, Any], log_probs: Tensor, entropies: Tensor, accumulated: int) -> Tensor:
     """β times the k3 estimate of the KL times r, weighed as the policy's loss is, minus the entropy bonus."""
     config, mask = trainer.args, inputs["completion_mask"].to(log_probs)
     total = -config.entropy_coef * (entropies * mask).sum() / mask.sum() / accumulated
@@ -56,7 +54,9 @@ def other_terms(
         differences = inputs["ref_per_token_logps"].to(log_probs) - log_probs
         old = inputs.get("old_per_token_logps", log_probs.detach())
         divergences = (differences.exp() - differences - 1) * (log_probs - old).exp()  # use_bias_correction_kl
-        total = total + config.beta * weight(trainer, inputs, accumulated) * by_sequence(trainer, divergences, mask).sum()
+        total = (
+            total + config.beta * weight(trainer, inputs, accumulated) * by_sequence(trainer, divergences, mask).sum()
+        )
     return total
 
 
@@ -99,7 +99,9 @@ class Reference:
             log_probs, entropies = scores(trainer, inputs)
             gradients_of = partial(torch.autograd.grad, inputs=list(parameters.values()), retain_graph=True)
             terms = objectives(trainer, inputs, log_probs, signs.to(log_probs))
-            rows = {name: torch.stack(parts) for name, *parts in zip(parameters, *map(gradients_of, terms), strict=True)}
+            rows = {
+                name: torch.stack(parts) for name, *parts in zip(parameters, *map(gradients_of, terms), strict=True)
+            }
             others = gradients_of(other_terms(trainer, inputs, log_probs, entropies, len(microbatches)))
             for name, gradient in zip(parameters, others, strict=True):
                 total[name] += gradient

@@ -7,7 +7,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-accelerate = pytest.importorskip("accelerate")
+pytest.importorskip("accelerate")
+
+from accelerate import Accelerator
 
 from isopo_mini.engine import NTK, FisherNormalized, Isopo
 from isopo_mini.policies.transformer import CausalTransformer
@@ -55,7 +57,7 @@ def by_hand(transform: Any) -> dict[str, Tensor]:
 
 def with_accelerate(transform: Any, *, told: bool) -> dict[str, Tensor]:
     """The loop of the docstring."""
-    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATED)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATED)
     policy = make_policy()
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.01)
     isopo = Isopo(policy, transform)

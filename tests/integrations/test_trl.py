@@ -19,7 +19,7 @@ from isopo_mini.integrations.trl import IsopoGRPOTrainer
 pytestmark = pytest.mark.filterwarnings("default")  # what trl and transformers say of each other is not ours
 
 EXACT = 1e-11  # a dozen layers in float64
-FUSED = 1e-6  # trl's own head computes in float32, whatever it is given
+SINGLE = 1e-6  # trl's own head, like the norms of transformers, computes in float32 whatever it is given
 BOTH = pytest.mark.parametrize("transform", [NTK(0.5), FisherNormalized()], ids=["NTK", "Fisher"])
 EACH_SCALE = pytest.mark.parametrize(
     "transform",
@@ -72,13 +72,22 @@ def test_checkpointing_is_trls_default_and_changes_nothing(tmp_path: Path) -> No
 
 
 @BOTH
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_models_as_they_come(kind: str, transform: Any, tmp_path: Path) -> None:
+    """With the norms of transformers, which compute in float32 in a model of float64."""
+    config = make_config(tmp_path, gradient_accumulation_steps=2)
+    run = Run(Reference(transform)).of(make_model(kind, as_it_comes=True), config, transform=transform)
+    check(run, SINGLE, steps=1)
+
+
+@BOTH
 def test_lora(transform: Any, tmp_path: Path) -> None:
     """The head is frozen and stays trl's. The second factors begin at zero; here they do not, so that all move."""
     adapters = LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
     config = make_config(tmp_path, gradient_accumulation_steps=2, max_steps=2, learning_rate=1e-3)
     run = Run(Reference(transform)).of(make_model(), config, transform=transform, peft_config=adapters)
     assert all("lora" in name for name in run.steps[0].gradients)
-    check(run, FUSED, steps=2)
+    check(run, SINGLE, steps=2)
 
 
 @EACH_SCALE
@@ -123,14 +132,14 @@ def test_kl_and_entropy_are_not_multiplied_by_coefficients(transform: Any, tmp_p
     config = make_config(tmp_path, gradient_accumulation_steps=2, max_steps=2, beta=0.3, entropy_coef=0.2)
     run = Run(Reference(transform)).of(model, config, transform=transform)
     assert run.trainer.state.log_history[0]["kl"] > 1e-3
-    check(run, FUSED, steps=2)
+    check(run, SINGLE, steps=2)
     # With the KL in the engine's own backward pass it would be another gradient: the test can fail.
     run.trainer.args.beta = 0.0
     without = run.reference(run.trainer, run.steps[-1].microbatches)  # type: ignore[misc]
     assert relative_error(run.steps[-1].gradients, without) > 1e-2
 
 
-# --- trl's, where ISOPO is REINFORCE -----------------------------------------------------------------------------------
+# --- trl's, where ISOPO is REINFORCE ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "vespo", "luspo"])
@@ -143,7 +152,7 @@ def test_large_damping_is_trls_own_gradient_and_metrics_are_trls(loss_type: str,
     ours = Run().of(make_model(), config, trainer_class=IsopoGRPOTrainer, transform=NTK(1e9))
     theirs = Run().of(make_model(), config, trainer_class=GRPOTrainer)
     for mine, other in zip(ours.steps, theirs.steps, strict=True):
-        assert relative_error(mine.gradients, other.gradients) <= FUSED
+        assert relative_error(mine.gradients, other.gradients) <= SINGLE
     for mine, other in zip(ours.trainer.state.log_history[:2], theirs.trainer.state.log_history[:2], strict=True):
         timed = {"step_time"}
         assert mine.keys() == other.keys()
@@ -151,7 +160,7 @@ def test_large_damping_is_trls_own_gradient_and_metrics_are_trls(loss_type: str,
         assert {name: mine[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
-# --- Which sequences share a microbatch --------------------------------------------------------------------------------
+# --- Which sequences share a microbatch ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("microbatches", ["groups", "shuffled"])
@@ -165,7 +174,7 @@ def test_groups_stay_together_or_are_shuffled(microbatches: str, tmp_path: Path)
     check(run, EXACT, steps=1)
 
 
-# --- Around the gradient -------------------------------------------------------------------------------------------------
+# --- Around the gradient ---------------------------------------------------------------------------------------------
 
 
 @EACH_SCALE

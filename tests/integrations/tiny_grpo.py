@@ -1,4 +1,4 @@
-"""A GRPO run small enough for float64 references: random Llama or Qwen2, seven words, a reward, and what trl was told."""
+"""A GRPO run small enough for references in float64: a random Llama or Qwen2, seven words, and a reward."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,7 +39,9 @@ SIZES: dict[str, Any] = {
 }
 
 
-def make_model(kind: str = "llama", tied: bool = False, dtype: torch.dtype = torch.float64) -> Any:
+def make_model(
+    kind: str = "llama", tied: bool = False, dtype: torch.dtype = torch.float64, as_it_comes: bool = False
+) -> Any:
     """A random model. Its norms are PyTorch's: those of transformers compute in float32 whatever they are given."""
     torch.manual_seed(1)
     if kind == "llama":
@@ -48,7 +50,7 @@ def make_model(kind: str = "llama", tied: bool = False, dtype: torch.dtype = tor
         model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=tied))
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child).__name__.endswith("RMSNorm"):
+            if type(child).__name__.endswith("RMSNorm") and not as_it_comes:
                 setattr(module, name, nn.RMSNorm(SIZES["hidden_size"], eps=1e-6))
     return model.to(dtype)
 
