@@ -30,7 +30,7 @@ from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 
 from isopo_mini import checks
-from isopo_mini.engine import Isopo, Transform
+from isopo_mini.engine import Isopo, Transform, verify
 from isopo_mini.integrations.lm_head import open_lm_head
 
 MICROBATCHES = ("shuffled", "groups")
@@ -161,6 +161,37 @@ class IsopoGRPOTrainer(GRPOTrainer):
         if torch.is_grad_enabled():
             self._scores.append(tuple(None if score is None else score.detach() for score in scores))
         return scores
+
+    def verify(self, num_sequences: int = 4, length: int = 8) -> dict[str, float]:
+        """Does the engine get this model right? `engine.verify`, on random tokens, scored as in training.
+
+        Half of the tokens are the prompt, the first sequence's begins with padding. Run it once, before `train`.
+
+        Args:
+            num_sequences: S, at least 2.
+            length: of every sequence, in tokens, at least 4.
+
+        Returns:
+            The relative error of every parameter's gradient.
+
+        Raises:
+            ValueError: engine and autograd differ; the error says for which parameters and by how much.
+            UnhandledParameterError: a parameter is used in a way that no handler covers.
+        """
+        checks.require_at_least("length", length, 4)
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        tokens = torch.randint(vocabulary, (num_sequences, length), generator=generator).to(self.accelerator.device)
+        attention = torch.ones_like(tokens)
+        attention[0, : length // 4] = 0
+
+        def log_probs(count: int) -> Tensor:
+            model, kept = self.model, length - length // 2
+            return super(IsopoGRPOTrainer, self)._get_per_token_logps_and_entropies(
+                model, tokens[:count], attention[:count], kept
+            )[0]
+
+        return verify(self.model, log_probs, num_sequences)
 
     # --- The training around it --------------------------------------------------------------------------------------
 

@@ -28,6 +28,18 @@ EACH_SCALE = pytest.mark.parametrize(
 )
 
 
+def make_trainer(model: Any, config: Any, **options: Any) -> IsopoGRPOTrainer:
+    return IsopoGRPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        args=config,
+        train_dataset=make_prompts(),
+        processing_class=make_tokenizer(),
+        transform=NTK(0.5),
+        **options,
+    )
+
+
 def check(run: Run, tolerance: float, steps: int) -> None:
     """Every step's gradient, parameter by parameter."""
     assert len(run.steps) == steps
@@ -139,6 +151,27 @@ def test_kl_and_entropy_are_not_multiplied_by_coefficients(transform: Any, tmp_p
     assert relative_error(run.steps[-1].gradients, without) > 1e-2
 
 
+def test_five_lines_learn(tmp_path: Path) -> None:
+    """The natural scale under SGD, in single precision: from a quarter of "a" to more than three quarters."""
+
+    def share_of_a(completions: list[str], **_: Any) -> list[float]:
+        return [text.count("a") / 5 for text in completions]
+
+    config = make_config(tmp_path, max_steps=25, learning_rate=5.0, per_device_train_batch_size=16)
+    trainer = IsopoGRPOTrainer(
+        model=make_model(dtype=torch.float32, as_it_comes=True),
+        reward_funcs=share_of_a,
+        args=config,
+        train_dataset=make_prompts(64),
+        processing_class=make_tokenizer(),
+        transform=NTK(1.0, scale="natural"),
+    )
+    trainer.train()
+    rewards = [line["reward"] for line in trainer.state.log_history if "reward" in line]
+    assert sum(rewards[:5]) / 5 < 0.4
+    assert sum(rewards[-5:]) / 5 > 0.7
+
+
 # --- trl's, where ISOPO is REINFORCE ---------------------------------------------------------------------------------
 
 
@@ -210,18 +243,19 @@ def test_averages_are_saved_and_training_goes_on_from_them(tmp_path: Path) -> No
         return make_config(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, **options)
 
     whole = Run().of(make_model(), config())
-    resumed = Watched(
-        model=make_model(),
-        args=config(),
-        processing_class=make_tokenizer(),
-        reward_funcs=reward,
-        train_dataset=make_prompts(),
-        transform=NTK(0.5),
-    )
+    resumed = make_trainer(make_model(), config())
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert whole.trainer.isopo.state_dict()
     for name, value in whole.trainer.isopo.state_dict().items():
         torch.testing.assert_close(resumed.isopo.state_dict()[name], value)
+
+
+def test_an_optimizer_of_the_users_own_ends_the_engines_steps(tmp_path: Path) -> None:
+    model = make_model()
+    own = torch.optim.SGD(model.parameters(), lr=0.01)
+    config = make_config(tmp_path, max_steps=2)
+    run = Run(Reference(NTK(0.5))).of(model, config, optimizers=(own, None))
+    check(run, EXACT, steps=2)  # the second step has the averages of the first
 
 
 def test_evaluation_is_trls(tmp_path: Path) -> None:
@@ -234,6 +268,19 @@ def test_a_loss_outside_of_a_training_step_is_refused(tmp_path: Path) -> None:
     run = Run().of(make_model(), make_config(tmp_path))
     with pytest.raises(RuntimeError, match="expected to be called by training_step"):
         run.trainer.compute_loss(run.trainer.model, run.steps[0].microbatches[0])
+
+
+@pytest.mark.parametrize("adapters", [None, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)])
+def test_verify_says_whether_the_model_is_one_for_the_engine(adapters: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(make_model(as_it_comes=True), make_config(tmp_path), peft_config=adapters)
+    errors = trainer.verify()
+    assert errors.keys() == {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert max(errors.values()) < 1e-5
+    # A model that mixes its sequences, after all of its layers, is found out.
+    (last,) = [module for name, module in trainer.model.named_modules() if name.endswith("model.norm")]
+    last.register_forward_hook(lambda module, inputs, output: output + output.mean(dim=0, keepdim=True))
+    with pytest.raises(ValueError, match="expected autograd's gradient"):
+        trainer.verify()
 
 
 @pytest.mark.parametrize(
