@@ -24,6 +24,8 @@ from isopo_mini.engine import NTK
 from isopo_mini.integrations.trl import IsopoGRPOTrainer
 
 WORDS = ["<pad>", "<eos>", "<unk>", "a", "b", "c", "d"]
+EXACT = 1e-11  # a dozen layers in float64
+SINGLE = 1e-6  # trl's own head, like the norms of transformers, computes in float32 whatever it is given
 SIZES: dict[str, Any] = {
     "vocab_size": len(WORDS),
     "hidden_size": 16,
@@ -101,6 +103,19 @@ def make_config(folder: Path | str, **options: Any) -> GRPOConfig:
     return GRPOConfig(**{**defaults, **options})
 
 
+def make_trainer(model: Any, config: Any, **options: Any) -> IsopoGRPOTrainer:
+    """A trainer of the tiny model, not run yet."""
+    return IsopoGRPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        args=config,
+        train_dataset=make_prompts(),
+        processing_class=make_tokenizer(),
+        transform=NTK(0.5),
+        **options,
+    )
+
+
 @dataclass
 class Step:
     """What one optimizer step was made of, while the parameters were still those of its gradients."""
@@ -160,3 +175,10 @@ def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> flo
         float((found[name] - value).norm()) / max(float(value.norm()), 1e-6 * largest)
         for name, value in expected.items()
     )
+
+
+def check(run: Run, tolerance: float, steps: int) -> None:
+    """Every step's gradient, parameter by parameter."""
+    assert len(run.steps) == steps
+    for step in run.steps:
+        assert relative_error(step.gradients, step.expected) <= tolerance
