@@ -24,7 +24,7 @@ RANKS, SECONDS = 2, 240
 CASES: dict[str, dict[str, Any]] = {
     "NTK": {"transform": NTK(0.5), "options": {"gradient_accumulation_steps": 2, "max_steps": 2}},
     "Fisher": {"transform": FisherNormalized(), "options": {"num_iterations": 2, "max_steps": 2}},
-    # The bonus has a backward pass of its own, which must not exchange gradients before the engine's is there.
+    # The bonus has a backward pass of its own, whose gradients are exchanged together with the engine's.
     "entropy": {"transform": NTK(0.5, scale="natural"), "options": {"entropy_coef": 0.2, "max_steps": 2}},
     "LoRA": {"transform": NTK(0.5), "options": {"max_steps": 2, "learning_rate": 1e-3}, "lora": True},
 }
