@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TRL := .venv-trl
 
 .DEFAULT_GOAL := help
-.PHONY: help book test portable changed margins lab serve draft lint format lock clean
+.PHONY: help book test trl portable changed margins lab serve draft lint format lock clean
 
 help:  ## List these commands
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{ printf "make %-8s %s\n", $$1, $$2 }'
@@ -29,6 +30,17 @@ book: $(INSTALLED)  ## Execute every chapter and write _build/html/index.html; a
 test: $(INSTALLED)  ## Run all tests
 	@echo "Running the tests"
 	$(BIN)/python -m pytest
+
+# trl and what it needs stay out of the book's lock. torch is the lock's, so that a machine's CPU build is found.
+$(TRL)/.installed: requirements.txt pyproject.toml
+	@echo "Making $(TRL) with the newest trl that pyproject.toml allows (some minutes the first time)"
+	$(PYTHON) -m venv $(TRL)
+	$(TRL)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[trl]" \
+		"$$(grep ^torch== requirements.txt)" "pytest>=8" "hypothesis>=6.100" "beartype>=0.18"
+	@touch $@
+
+trl: $(TRL)/.installed  ## Run the tests of isopo_mini.integrations with trl, in an environment of its own
+	$(TRL)/bin/python -m pytest tests/integrations
 
 portable: $(INSTALLED)  ## Run every chapter as on other processors and with other seeds (about 45 minutes)
 	@echo "Running every chapter under every setting of scripts/execute_chapters.py; a failing claim does not stop it"
