@@ -28,6 +28,7 @@ PACKAGES = {"isopo_mini.engine", "isopo_mini.rules"}
 INTERNAL = {
     "isopo_mini.checks",
     "isopo_mini.engine.across_ranks",
+    "isopo_mini.engine.graph",
     "isopo_mini.engine.handlers",
     "isopo_mini.engine.in_place",
     "isopo_mini.engine.isopo",
