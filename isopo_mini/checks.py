@@ -54,6 +54,8 @@ def require_integer(name: str, tensor: Tensor) -> None:
 
 def require_finite(name: str, tensor: Tensor) -> None:
     """Check that no entry of `tensor` is infinite or not a number."""
+    if tensor.is_meta:
+        raise ValueError(f"{name}: expected numbers, got a tensor on the meta device, which has none")
     finite = torch.isfinite(tensor)
     if not finite.all():
         bad = torch.nonzero(~finite)[0].tolist()

@@ -31,6 +31,7 @@ OPTIONAL = {"isopo_mini.integrations.trl": "trl"}
 INTERNAL = {
     "isopo_mini.checks",
     "isopo_mini.engine.across_ranks",
+    "isopo_mini.engine.graph",
     "isopo_mini.engine.handlers",
     "isopo_mini.engine.in_place",
     "isopo_mini.engine.isopo",

@@ -87,6 +87,16 @@ class GatheredGradients:
         """‖G_s‖ of all sequences."""
         return self.ranks.gather(self.local.norms())
 
+    def rounding(self, from_gram: bool) -> Float[Tensor, "S"]:
+        """Up to which ‖G_s‖ the gradients of all sequences are zero; 0 where they are no sums.
+
+        As numbers, and gathered whatever they are: the processes may differ in how many positions they have.
+        """
+        rounding, part = self.local.rounding(from_gram), next(iter(self.local.parameters.values()))
+        if rounding is None:
+            rounding = torch.zeros_like(part.squared_sizes())
+        return self.ranks.gather(rounding)
+
     def token_overlaps(self, count: int) -> tuple[Tensor, Tensor]:
         """Not to be had: the tokens of other processes would have to travel, not their sketches.
 

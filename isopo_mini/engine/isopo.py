@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 from isopo_mini import checks
 from isopo_mini.engine import handlers  # noqa: F401  (importing registers them)
 from isopo_mini.engine.across_ranks import GatheredGradients, Ranks
+from isopo_mini.engine.graph import REENTRANT_CHECKPOINT, nodes_of
 from isopo_mini.engine.layer_gradients import PATHS, LayerGradients, Resources
 from isopo_mini.engine.loss_scale import check_loss_scale, grad_scaler_noticed
 from isopo_mini.engine.microbatch import PAST_ITS_MODULE, LayerUses, Microbatch, Uses
@@ -104,11 +105,14 @@ class Isopo:
                 step. Do not count a `torch.amp.GradScaler`: its method `scale` is noticed inside the block.
 
         Raises:
-            ValueError: advantages are not a finite floating `(S,)`; a layer's input does not have S first; a parameter
-                was exchanged, as `torch.func.functional_call` does; the loss scale is not positive.
+            ValueError: advantages are not a finite floating `(S,)`; a layer's input does not have S first, or has rows
+                of other sequences there; sequences are in another order, or in a batch normalisation; the loss has a
+                trainable parameter that the model has not; a parameter was exchanged, as `torch.func.functional_call`
+                does, or is on the meta device; the loss scale is not positive.
             UnhandledParameterError: a trainable parameter is used in a way that no handler covers.
             RuntimeError: a microbatch of this model is open already; a parameter was replaced; what a use kept was
-                changed in place; a checkpoint is re-entrant; a backward pass stopped halfway.
+                changed in place; a checkpoint is re-entrant; a backward pass stopped halfway, was a second one for
+                what the microbatch had computed, or ran after the block.
         """
         sizes = checks.require_shape("advantages", advantages, "S")
         checks.require_not_empty("advantages", advantages)
@@ -131,10 +135,11 @@ class Isopo:
             asked = gradients if ranks is None else GatheredGradients(gradients, ranks)
             coefficients = self.transform.coefficients(asked, all_advantages, self.averages(name))
             coefficients = coefficients if ranks is None else ranks.own(coefficients)
-            microbatch.coefficients[name] = coefficients
+            of_layers[name] = coefficients
             return gradients.combine(coefficients)
 
-        microbatch = Microbatch(self.model, self.layers, len(advantages), close_layer)
+        of_layers: dict[str, Tensor] = {}
+        microbatch = Microbatch(self.model, self.layers, len(advantages), close_layer, of_layers)
         try:
             with grad_scaler_noticed(note_scaler), microbatch.opened():
                 yield microbatch
@@ -215,6 +220,9 @@ def gram_matrices(
 
     Returns:
         The Gram matrix of each layer that the log-probabilities depend on, by the layer's name.
+
+    Raises:
+        RuntimeError: a checkpoint is re-entrant. For the errors about the model see `Isopo.microbatch`.
     """
     engine = Isopo(model, NTK(), gram=gram, sketch_size=sketch_size)
     tape = Tape()
@@ -226,16 +234,22 @@ def gram_matrices(
 
     with stand_ins(model, "separate", make_layer) as shadows:
         total = log_probs().sum()
+        if any(type(node).__name__ == REENTRANT_CHECKPOINT for node in nodes_of([total])):
+            raise RuntimeError(
+                "log_probs: expected all of it in autograd's graph, got a checkpoint that is not until the backward "
+                "pass; checkpoint with use_reentrant=False"
+            )
+        edges, reports = tape.take()
         # Of parameters and stand-ins nothing is expected back: what they are used for is on the tape.
         names = [shadow.slot.name for shadow in shadows]
-        wanted: list[Any] = [*tape.edges]
+        wanted: list[Any] = [*edges]
         wanted += [shadow.slot.parameter for shadow in shadows] + [shadow.edge() for shadow in shadows]
         gradients = torch.autograd.grad(total, wanted, allow_unused=True)
     past = product((PAST_ITS_MODULE, PAST_PYTORCH), names)
     for (use, name), gradient in zip(past, gradients[-2 * len(names) :], strict=True):
         if gradient is not None:
             raise UnhandledParameterError(name, use)
-    for report, gradient in zip(tape.reports, gradients, strict=False):
+    for report, gradient in zip(reports, gradients, strict=False):
         if gradient is not None:
             report(gradient)
     resources = engine._resources()

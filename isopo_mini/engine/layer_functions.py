@@ -197,7 +197,7 @@ def _report_table_lookup(slot: Slot, indices: Tensor, padding_index: int | None,
     """The row of each token gets the gradient at its output."""
     if padding_index is not None:
         output_gradients = output_gradients.masked_fill((indices == padding_index).unsqueeze(-1), 0.0)
-    slot.layer.add_matrix_use(slot, indices.reshape(indices.shape[0], -1), _positions(output_gradients, 1))
+    slot.layer.add_matrix_use(slot, indices.reshape(indices.shape[0], -1).long(), _positions(output_gradients, 1))
 
 
 def _report_scale_and_shift(slots: tuple[Slot | None, ...], inputs: Tensor | None, output_gradients: Tensor) -> None:

@@ -20,6 +20,10 @@ from isopo_mini.geometry import gram as grams
 from isopo_mini.precision import at_least_float32
 
 PATHS = ("auto", "dense", "ghost", "sketched")
+# A gradient that is zero comes out as a sum that does not quite cancel: up to 5 ε times the root of the sum of squares
+# in single and double precision, a third of ε in bfloat16 (attention of 1 to 4 layers, 6 to 512 positions). What is no
+# longer than the first number times ε, or the second in half precision, is taken for zero.
+ROUNDING, HALF_ROUNDING = 16.0, 2.0
 
 
 class Resources:
@@ -47,6 +51,7 @@ class Resources:
         self.sketch_size = sketch_size
         self.workspace = workspace
         self.loss_scale = loss_scale
+        self.relative_rounding = 0.0  # of the coarsest numbers that the backward pass has come by
         self._generator_of = generator_of
         self._token_mask = token_mask
         self._projections: dict[tuple[str, int, torch.dtype, torch.device], Tensor] = {}
@@ -111,6 +116,14 @@ class LayerGeometry(Protocol):
         """⟨G_s, g_n⟩ and ‖g_n‖ for `count` random tokens n."""
         ...
 
+    def rounding(self, from_gram: bool) -> Float[Tensor, "S"] | None:
+        """Up to which ‖G_s‖ the gradient is zero but for rounding; None where it is no sum that could cancel.
+
+        Args:
+            from_gram: is ‖G_s‖ the root of K_ss or of ‖G_s‖², which may be sums of products themselves?
+        """
+        ...
+
 
 @dataclass
 class LayerGradients:
@@ -135,8 +148,7 @@ class LayerGradients:
         asked for by name.
         """
         parts = list(self.parameters.values())
-        sequences = parts[0].num_sequences
-        if self.resources.path not in ("auto", "dense") or 2 * sum(part.size for part in parts) > sequences:
+        if self.resources.path not in ("auto", "dense") or 2 * sum(part.size for part in parts) > self.num_sequences:
             return None
         self.resources.workspace.start_layer()
         formed = [
@@ -200,6 +212,29 @@ class LayerGradients:
         parts = [part.token_overlaps(sequences, positions) for part in self.parameters.values()]
         overlaps, squares = (sum_of(list(pieces)) for pieces in zip(*parts, strict=True))
         return self.resources.unscaled(overlaps, 2), self.resources.unscaled(squares.sqrt(), 1)
+
+    def rounding(self, from_gram: bool) -> Float[Tensor, "S"] | None:
+        """See `LayerGeometry`."""
+        parts, resources = list(self.parameters.values()), self.resources
+        for part in parts:  # under autocast a sum in single precision may be one of numbers from half precision
+            units = HALF_ROUNDING if part.dtype in grams.HALF_PRECISION else ROUNDING
+            resources.relative_rounding = max(resources.relative_rounding, units * torch.finfo(part.dtype).eps)
+        if all(part.num_terms == 1 for part in parts):
+            return None
+        squares = []
+        for part in parts:
+            of_square = resources.relative_rounding**2
+            if from_gram and isinstance(part, MatrixGradients) and part.formed is None and resources.path != "sketched":
+                of_square += ROUNDING * torch.finfo(torch.promote_types(part.dtype, torch.float32)).eps
+            squares.append(of_square * part.squared_sizes())
+        rounding = sum_of(squares).sqrt()
+        rounding = torch.where(rounding.isfinite(), rounding, 0.0)  # squares that do not fit say nothing
+        return resources.unscaled(rounding, 1)
+
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        return next(iter(self.parameters.values())).num_sequences
 
     def combine(self, coefficients: Float[Tensor, "S"]) -> dict[str, Tensor]:
         """Σ_s c_s G_s, for every parameter."""

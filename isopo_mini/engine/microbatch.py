@@ -6,6 +6,7 @@ meets a hook, on the parameter or on its stand-in; what is left when the block e
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node
 
+from isopo_mini.engine.graph import backward_noticed, check_graph
 from isopo_mini.engine.in_place import Unchanged
 from isopo_mini.engine.parameter_gradients import MatrixGradients, VectorGradients
 from isopo_mini.engine.places import stand_ins
@@ -91,6 +93,7 @@ class _Layer(LayerUses):
         self.name = name
         self.microbatch = microbatch
         self.slots: list[Slot] = []
+        self.is_open = True
         self._gate: Tensor | None = None
         self._pass = -1  # the backward pass that the uses are of
         self._wanted = False
@@ -104,7 +107,8 @@ class _Layer(LayerUses):
         if running != self._pass:
             self.uses, self._kept = {}, []
             self._pass = running
-            self._wanted = torch._C._will_engine_execute_node(cast(Node, self.gate().grad_fn))
+            gate = self._gate
+            self._wanted = gate is not None and torch._C._will_engine_execute_node(cast(Node, gate.grad_fn))
         return self._wanted
 
     def gate(self) -> Tensor:
@@ -113,8 +117,13 @@ class _Layer(LayerUses):
             self._gate = _Gate.apply(self, *[slot.parameter for slot in self.slots])
         return self._gate
 
+    def end(self) -> None:
+        """The block is over. Nothing is held any longer that would make a cycle of references with its graph."""
+        self.is_open, self._gate, self.slots = False, None, []
+
     def transformed_gradients(self) -> list[Tensor | None]:
         """Σ_s c_s G_s for every parameter of the layer; None for one that the loss does not depend on."""
+        self._gate = None  # what is computed after this pass belongs to another one, with a gate of its own
         uses = self.take_uses()
         if not uses:
             return [None] * len(self.slots)
@@ -139,12 +148,23 @@ class _Gate(torch.autograd.Function):
     def forward(ctx: Any, layer: _Layer, *parameters: Tensor) -> Tensor:
         """An empty scalar that carries the dependency."""
         ctx.layer = layer
+        ctx.passed, ctx.name = False, layer.slots[0].name
         return parameters[0].new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         """Σ_s c_s G_s for every parameter."""
+        if not ctx.layer.is_open:
+            raise RuntimeError(
+                f"parameter '{ctx.name}': expected the backward pass inside of the microbatch's block, got one after it"
+            )
+        if ctx.passed:
+            raise RuntimeError(
+                f"parameter '{ctx.name}': expected one backward pass for all that a microbatch computes, got a second "
+                f"one, which would be transformed by itself; add the losses and call backward() once"
+            )
+        ctx.passed = True
         return None, *ctx.layer.transformed_gradients()
 
 
@@ -156,6 +176,7 @@ class Microbatch:
         layers: see `layer_names`.
         num_sequences: S.
         close_layer: takes a layer's name and the uses of its parameters, returns their gradients by name.
+        coefficients: where it keeps each layer's c.
     """
 
     def __init__(
@@ -164,12 +185,13 @@ class Microbatch:
         layers: str,
         num_sequences: int,
         close_layer: Callable[[str, Uses], dict[str, Tensor]],
+        coefficients: dict[str, Tensor] | None = None,
     ) -> None:
         self.model = model
         self.layers = layers
         self.num_sequences = num_sequences
         self.close_layer = close_layer
-        self.coefficients: dict[str, Tensor] = {}
+        self.coefficients: dict[str, Tensor] = {} if coefficients is None else coefficients
         self._made: list[_Layer] = []
         self.returned: dict[str, Tensor] = {}  # gradients on their way from a gate to `.grad`
 
@@ -181,27 +203,23 @@ class Microbatch:
             for slot in [shadow.slot for shadow in shadows]:
                 cast(_Layer, slot.layer).slots.append(slot)
                 hooks.append(slot.parameter.register_hook(self._refuse_other_gradients(slot.name)))
+            own = {shadow.slot.parameter for shadow in shadows}
             try:
-                yield
+                with backward_noticed(partial(check_graph, self.num_sequences, own, set(self._made))):
+                    yield
             finally:
                 for hook in hooks:
                     hook.remove()
                 self.returned = {}
-        self._refuse_open_layers()
+                made, self._made = self._made, []
+                for layer in made:
+                    layer.end()
+        _refuse_open_layers(made)
 
     def _make_layer(self, name: str) -> _Layer:
         """The layer of a name, to be asked at the end whether it is closed."""
         self._made.append(_Layer(name, self))
         return self._made[-1]
-
-    def _refuse_open_layers(self) -> None:
-        """Backward has reached uses of a layer and not its gate: the parameters have no gradient, or only a part."""
-        for layer in self._made:
-            if layer.uses:
-                raise RuntimeError(
-                    f"parameter '{next(iter(layer.uses))}': expected every backward pass of the microbatch to run to "
-                    f"its end, got one that stopped before the gradient was complete"
-                )
 
     def _refuse_other_gradients(self, name: str) -> Callable[[Tensor | None], None]:
         """A hook on the whole gradient of a parameter, on its way to `.grad`: it must be ours and nothing else."""
@@ -214,3 +232,13 @@ class Microbatch:
                 raise UnhandledParameterError(name, PAST_ITS_MODULE)
 
         return hook
+
+
+def _refuse_open_layers(layers: list[_Layer]) -> None:
+    """Backward has reached uses of a layer and not its gate: the parameters have no gradient, or only a part."""
+    for layer in layers:
+        if layer.uses:
+            raise RuntimeError(
+                f"parameter '{next(iter(layer.uses))}': expected every backward pass of the microbatch to run to "
+                f"its end, got one that stopped before the gradient was complete"
+            )

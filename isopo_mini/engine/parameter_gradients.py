@@ -134,6 +134,21 @@ class MatrixGradients:
         pairs = self.pairs
         return sum_of([grams.own_products(*pair, *other) for pair in pairs for other in pairs])
 
+    @property
+    def num_terms(self) -> int:
+        """How many outer products a G_s is the sum of."""
+        return sum(right.shape[1] for right in self.rights)
+
+    def squared_sizes(self) -> Tensor:
+        """Σ_t ‖left_st‖² ‖right_st‖², `(S,)`: about ‖G_s‖² if nothing cancelled."""
+        sizes = []
+        for left, right in zip(self.lefts, self.rights, strict=True):
+            products = _squared_lengths(right)
+            if left.is_floating_point():
+                products = products * _squared_lengths(left)
+            sizes.append(products.sum(dim=1))
+        return sum_of(sizes)
+
     def token_overlaps(self, sequences: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """⟨G_s, g_n⟩ `(S, N)` and ‖g_n‖² `(N,)` for the tokens n = (sequence, position)."""
         tokens = [
@@ -214,6 +229,19 @@ class VectorGradients:
         """‖G_s‖², `(S,)`."""
         return at_least_float32(self.form()).square().sum(dim=1)
 
+    @property
+    def num_terms(self) -> int:
+        """How many vectors a G_s is the sum of."""
+        return sum(gradients.shape[1] for gradients in self.output_gradients)
+
+    def squared_sizes(self) -> Tensor:
+        """Σ_t ‖g_st ∘ factor_st‖², `(S,)`: about ‖G_s‖² if nothing cancelled."""
+        terms = [
+            gradients if factors is None else gradients * factors
+            for gradients, factors in zip(self.output_gradients, self.factors, strict=True)
+        ]
+        return sum_of([_squared_lengths(term).sum(dim=1) for term in terms])
+
     def token_overlaps(self, sequences: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """⟨G_s, g_n⟩ `(S, N)` and ‖g_n‖² `(N,)` for the tokens n = (sequence, position)."""
         tokens = sum_of(
@@ -237,6 +265,11 @@ def sum_of(parts: list[Tensor]) -> Tensor:
     for part in parts[1:]:
         total = total + part
     return total
+
+
+def _squared_lengths(vectors: Tensor) -> Tensor:
+    """‖v_st‖², `(S, T)`."""
+    return at_least_float32(vectors).square().sum(dim=2)
 
 
 def _precise(factors: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,7 @@ def stand_ins(model: nn.Module, layers: str, make_layer: Callable[[str], Layer])
         make_layer: makes the layer of a name, to which the uses of its parameters report.
 
     Raises:
+        ValueError: a parameter has no values, being on the meta device.
         RuntimeError: there are stand-ins already, or a parameter was replaced inside of the block.
     """
     places = _places(model)
@@ -79,6 +80,11 @@ def stand_ins(model: nn.Module, layers: str, make_layer: Callable[[str], Layer])
                 raise RuntimeError("microbatch: expected no other open microbatch of this model, got a second one")
             if parameter not in shadows:
                 name = f"{place.module_name}.{key}" if place.module_name else key
+                if parameter.is_meta:
+                    raise ValueError(
+                        f"parameter '{name}': expected values, got a tensor on the meta device; give it memory with "
+                        f"to_empty() and load its values first"
+                    )
                 shadows[parameter] = StandIn.for_slot(Slot(name, parameter, made[layer_of[parameter]]))
             shadows[parameter].slot.places.append((module, key))
             # An entry of __dict__ hides the parameter from attribute access and from nothing else:
@@ -102,14 +108,32 @@ def _remove(shadowed: list[tuple[nn.Module, str, StandIn]]) -> list[str]:
     for module, key, shadow in shadowed:
         if module.__dict__.get(key) is shadow:
             del module.__dict__[key]
-        if module._parameters.get(key) is not shadow.slot.parameter:
+        parameter, values = shadow.slot.parameter, shadow.slot.values
+        if module._parameters.get(key) is not parameter or parameter.data_ptr() != values.data_ptr():
             replaced.append(shadow.slot.name)
     return replaced
 
 
-def _nothing_compiled() -> AbstractContextManager[Any]:
+@contextmanager
+def _nothing_compiled() -> Iterator[None]:
     """Compiled parts of the model run as they were written: compiled code would not know the stand-ins.
 
-    Without the compiler's module there is nothing compiled yet, and loading it takes seconds.
+    Without the compiler's module there is nothing compiled yet, and loading it takes seconds. It may come inside of
+    the block.
     """
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    if "torch._dynamo" in sys.modules:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+        return
+    compile = torch.compile
+    with ExitStack() as stances:
+
+        def compile_for_later(*args: Any, **kwargs: Any) -> Any:
+            stances.enter_context(torch.compiler.set_stance("force_eager"))
+            return compile(*args, **kwargs)
+
+        torch.compile = compile_for_later  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            torch.compile = compile

@@ -80,14 +80,22 @@ class Tape:
         self.num_sequences: int | None = None  # S, which the first use decides for all
         self.edges: list[GradientEdge] = []
         self.reports: list[Callable[[Tensor], None]] = []
+        self._is_over = False
+
+    def take(self) -> tuple[list[GradientEdge], list[Callable[[Tensor], None]]]:
+        """All edges and reports. What a checkpoint computes once more later on is not noted again."""
+        taken = self.edges, self.reports
+        self.edges, self.reports, self._is_over = [], [], True
+        return taken
 
     def note(self, outputs: Tensor, report: Callable[[Tensor], None]) -> Tensor:
         """The same outputs, in a graph; `report` is what their gradient will be given to."""
         if not outputs.requires_grad:
             outputs = outputs.requires_grad_().clone()  # a leaf could not be changed in place by what follows
         outputs = not_a_view(outputs)  # a view that is changed in place would leave the graph, and this edge with it
-        self.edges.append(get_gradient_edge(outputs))
-        self.reports.append(report)
+        if not self._is_over:
+            self.edges.append(get_gradient_edge(outputs))
+            self.reports.append(report)
         return outputs
 
 

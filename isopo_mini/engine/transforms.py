@@ -128,7 +128,10 @@ class NTK:
             if columns is not None:
                 gram = columns.double().mT @ columns.double()  # GᵀG has the eigenvalues of GGᵀ, but for zeros
             self._note_spectrum(gram, damping, averages)
-        return coefficients if self.scale == "gradient" else isopo.over_scale(coefficients, damping)
+        if self.scale == "gradient":
+            return coefficients
+        norms = _norms_of(gram) if columns is None else torch.linalg.vector_norm(columns, dim=1)
+        return isopo.over_scale(_unless_all_rounding(coefficients, layer, norms, columns is None), damping)
 
     def _note_spectrum(self, gram: Float[Tensor, "S S"], damping: Float[Tensor, ""], averages: MovingAverages) -> None:
         """Both numbers of K; none of a step that is not finite, which a `GradScaler` skips."""
@@ -150,8 +153,9 @@ class LayerScaled:
         self, layer: LayerGeometry, advantages: Float[Tensor, "S"], averages: MovingAverages
     ) -> Float[Tensor, "S"]:
         """See the class."""
-        squares = layer.norms().double().square()
-        return isopo.over_scale(at_least_float32(advantages), averages.blend("eigenvalue", squares.mean()))
+        norms = layer.norms()
+        eigenvalue = averages.blend("eigenvalue", norms.double().square().mean())
+        return isopo.over_scale(_unless_all_rounding(at_least_float32(advantages), layer, norms, True), eigenvalue)
 
 
 @dataclass(frozen=True)
@@ -219,7 +223,35 @@ class FisherNormalized:
         if self.norm == "sequence":
             columns = layer.few_columns()
             if columns is not None:
-                return isopo.fisher_norms_by_columns(columns)
-            return isopo.root_mean_square(layer.gram())
+                norms = torch.linalg.vector_norm(columns, dim=1)
+                return _zero_where_rounding(isopo.fisher_norms_by_columns(columns), layer, norms, False)
+            gram = layer.gram()
+            return _zero_where_rounding(isopo.root_mean_square(gram), layer, _norms_of(gram), True)
         overlaps, token_norms = layer.token_overlaps(self.tokens)
-        return isopo.token_fisher_norms(overlaps, token_norms if self.norm == "token" else None)
+        in_their_norms = isopo.token_fisher_norms(overlaps, token_norms)  # at most ‖G_s‖
+        norms = in_their_norms if self.norm == "token" else isopo.token_fisher_norms(overlaps)
+        return _zero_where_rounding(norms, layer, in_their_norms, False)
+
+
+# --- A layer whose true gradient is zero: divided by its norm, rounding would be blown up to a step ----------------
+
+
+def _norms_of(gram: Float[Tensor, "S S"]) -> Float[Tensor, "S"]:
+    """‖G_s‖. Products of positions that cancel can leave a square below zero."""
+    return gram.diagonal().clamp_min(0.0).sqrt()
+
+
+def _zero_where_rounding(
+    values: Float[Tensor, "S"], layer: LayerGeometry, norms: Float[Tensor, "S"], from_gram: bool
+) -> Float[Tensor, "S"]:
+    """The values, and 0 for a sequence whose ‖G_s‖ is rounding."""
+    rounding = layer.rounding(from_gram)
+    return values if rounding is None else torch.where(norms <= rounding, 0.0, values)
+
+
+def _unless_all_rounding(
+    coefficients: Float[Tensor, "S"], layer: LayerGeometry, norms: Float[Tensor, "S"], from_gram: bool
+) -> Float[Tensor, "S"]:
+    """The coefficients, and 0 for all if the ‖G_s‖ of all are rounding."""
+    rounding = layer.rounding(from_gram)
+    return coefficients if rounding is None else torch.where((norms <= rounding).all(), 0.0, coefficients)

@@ -1,6 +1,6 @@
 """Does the engine get a model of your own right? One call compares it with autograd."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from isopo_mini import checks
+from isopo_mini.engine.graph import leaves_of
 from isopo_mini.engine.microbatch import Microbatch, Uses
 from isopo_mini.engine.parameter_gradients import MatrixGradients, VectorGradients
 from isopo_mini.precision import at_least_float32
@@ -17,18 +18,28 @@ NAMED = 5  # parameters that an error lists
 
 
 def verify(
-    model: nn.Module, log_probs: Callable[[int], Float[Tensor, "S ..."]], num_sequences: int, *, seed: int = 0
+    model: nn.Module,
+    log_probs: Callable[[int], Float[Tensor, "S ..."]],
+    num_sequences: int,
+    *,
+    loss: Callable[[int], Float[Tensor, ""]] | None = None,
+    loss_scale: float = 1.0,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Compare the engine's Σ_s A_s G_s, for random A, with autograd's ∇ Σ_s A_s log π_s, which needs no engine.
 
     If each G_s is the gradient of sequence s and of no other, the two are equal for every A. It is tried with
     `num_sequences` and with one sequence less, since some mistakes are silent where S is also the number of positions.
-    Run it once on a new model. It takes four forward passes and leaves `.grad` alone.
+    Run it once on a new model. It takes four forward passes, six with a loss, and leaves `.grad` alone.
 
     Args:
         model: the policy, with dropout switched off.
         log_probs: computes the log-probabilities of the first S sequences of a fixed batch, first axis S.
         num_sequences: S, at least 2.
+        loss: computes what your training differentiates inside of a block, for the first S sequences. All of it is
+            multiplied by c, so it must be plus or minus the *unweighted* sum of the log-probabilities: without
+            advantages, without an entropy bonus, a KL penalty or another term, not a mean.
+        loss_scale: s, where the loss is s times that and the block is told so.
         seed: of A.
 
     Returns:
@@ -38,13 +49,14 @@ def verify(
 
     Raises:
         ValueError: the two differ by more than the root of the dtype's precision; the error says for which parameters
-            and by how much. Or the log-probabilities are not `(S, …)`, or not the same in two calls.
+            and by how much. Or the log-probabilities are not `(S, …)`, not the same in two calls, or depend on a
+            trainable tensor that is not the model's; or the loss is another one.
         UnhandledParameterError: see `Isopo.microbatch`, whose errors about the model are raised here too.
 
     What it cannot see: code that this batch does not reach, such as longer sequences or another branch; a parameter
     without gradient at these values, such as the first factor of a low-rank update whose second is still zero;
-    what is random in training only; a loss other than these log-probabilities, its mask and its scale; and in half
-    precision anything below ten percent.
+    what is random in training only; without `loss`, what your training differentiates; and in half precision anything
+    below ten percent.
 
     Example:
         >>> import torch
@@ -59,12 +71,15 @@ def verify(
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not parameters:
         raise ValueError("model: expected at least one trainable parameter, got none")
+    checks.require_positive("loss_scale", loss_scale)
     generator = torch.Generator().manual_seed(seed)
     errors: dict[str, float] = {}
     for count in (num_sequences, num_sequences - 1):
         advantages = torch.randn(count, generator=generator, dtype=torch.float64)
         for comparison in _comparisons(model, parameters, log_probs, advantages):
             errors[comparison.name] = max(comparison.relative_error, errors.get(comparison.name, 0.0))
+        if loss is not None:
+            _check_loss(loss(count), log_probs(count), list(parameters.values()), loss_scale)
     return errors
 
 
@@ -102,6 +117,7 @@ def _comparisons(
 
     with Microbatch(model, "separate", count, close_layer).opened():
         again = _sum_by_sequence(log_probs(count), count)
+        _require_own_leaves(values, again, set(wanted))
         found = torch.autograd.grad(again.sum(), wanted, allow_unused=True)
     _require_same(values, again)
 
@@ -141,6 +157,55 @@ def _require_same(values: Tensor, again: Tensor) -> None:
         raise ValueError(
             f"log_probs: expected the same numbers in two calls, got numbers up to {difference:.2g} apart; switch "
             f"dropout off with model.eval()"
+        )
+
+
+def _require_own_leaves(values: Tensor, again: Tensor, own: Set[Tensor]) -> None:
+    """A trainable tensor outside of the model would get the gradient of the unweighted sum, in silence.
+
+    A leaf that is made anew in each call, such as an embedding's output for the sake of a checkpoint, is none.
+    """
+    lasting = set(leaves_of([again]))
+    for leaf in leaves_of([values]):
+        if leaf in lasting and leaf not in own:
+            raise ValueError(
+                f"log_probs: expected nothing trainable but the model's parameters, got a tensor of shape "
+                f"{tuple(leaf.shape)} that requires a gradient and is none of them; make it a parameter of the model"
+            )
+
+
+def _check_loss(loss: Tensor, log_probs: Tensor, parameters: list[nn.Parameter], loss_scale: float) -> None:
+    """Its gradient must be plus or minus s times that of Σ log π, for every parameter."""
+    if not isinstance(loss, Tensor) or loss.ndim > 0:
+        came = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss: expected a tensor without axes, got {came}")
+    count = len(log_probs)
+    total = _sum_by_sequence(log_probs, count).sum()
+    of_loss, of_sum = (
+        torch.cat(
+            [
+                torch.zeros_like(parameter).flatten() if gradient is None else gradient.flatten()
+                for parameter, gradient in zip(
+                    parameters, torch.autograd.grad(scalar, parameters, allow_unused=True), strict=True
+                )
+            ]
+        ).double()
+        for scalar in (loss, total)
+    )
+    tolerance = torch.finfo(loss.dtype).eps ** 0.5
+    scale = float(of_loss @ of_sum / of_sum.square().sum())
+    error = float((of_loss - scale * of_sum).norm() / of_loss.norm())
+    if not error <= tolerance:
+        raise ValueError(
+            f"loss: expected plus or minus the sum of the log-probabilities, got another one with S={count} sequences "
+            f"(its gradient is {error:.1%} off); advantages enter through the coefficients, and an entropy bonus, a KL "
+            f"penalty or any other term needs a forward and a backward pass of its own, outside of the block"
+        )
+    if not abs(abs(scale) - loss_scale) <= tolerance * loss_scale:
+        raise ValueError(
+            f"loss: expected plus or minus {loss_scale:g} times the sum of the log-probabilities, got {scale:.6g} "
+            f"times it with S={count} sequences; take the sum and not a mean, or tell verify and the block: "
+            f"loss_scale={abs(scale):.6g}"
         )
 
 

@@ -54,15 +54,14 @@ class TimeFirst(nn.Module):
 
 
 class SortsItsBatch(nn.Module):
-    """Longest sequence first, and back again: layers see another order than the advantages have."""
+    """Last sequence first, and back again: layers see another order than the advantages have."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        order = inputs[:, 0, 0].argsort()
-        return self.layer(inputs[order])[order.argsort()]
+        return self.layer(inputs.flip(0)).flip(0)
 
 
 class Normalises(nn.Module):
@@ -70,10 +69,11 @@ class Normalises(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer, self.norm = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH, affine=False)
+        self.layer = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.norm(self.layer(inputs).transpose(1, 2)).transpose(1, 2)
+        outputs = self.layer(inputs)
+        return outputs - outputs.mean(dim=(0, 1))
 
 
 class RelativePositions(nn.Module):
