@@ -1,11 +1,7 @@
 """What the engine knows about PyTorch's functions: each written in terms of the three uses of `layer_functions.py`.
 
-To teach it a new layer, register one more. A convolution, for example, is a matrix product with patches:
-
-    @engine.register(F.conv1d)
-    def convolution(input, weight, bias=None, *rest):                       # stride 1, no padding
-        patches = input.unfold(2, weight.shape[2], 1).transpose(1, 2).flatten(2)     # (S, T, channels · width)
-        return engine.matrix_product(patches, weight, bias).transpose(1, 2)
+Matrix products are in `product_handlers`, and what is made of them in `convolution_handlers` and `attention_handler`.
+To teach the engine a new layer, register one more. Any function that is not here goes to the fallback in `copies`.
 """
 
 from typing import Any
@@ -14,15 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isopo_mini.engine.layer_functions import matrix_product, scale_and_shift, shape_of, table_lookup
-from isopo_mini.engine.stand_in import StandIn, register
-
-
-@register(F.linear)
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if isinstance(input, StandIn) or len(shape_of(weight)) != 2:
-        return NotImplemented
-    return matrix_product(input, weight, bias)
+from isopo_mini.engine.layer_functions import scale_and_shift, shape_of, table_lookup
+from isopo_mini.engine.stand_in import Copied, StandIn, register, slot_of
 
 
 @register(F.embedding)
@@ -39,7 +28,9 @@ def _embedding(
         return NotImplemented
     if padding_idx is not None and padding_idx < 0:
         padding_idx += shape_of(weight)[0]
-    return table_lookup(input, weight, padding_idx)
+    if not _pairs_of_positions(input, weight):
+        return table_lookup(input, weight, padding_idx)
+    return NotImplemented  # a table of all pairs of positions, for one: computed from the parameter alone
 
 
 @register(F.layer_norm)
@@ -73,7 +64,15 @@ def _add(input: Tensor, other: Tensor, *, alpha: float = 1) -> Tensor:
 
 def _broadcasts_over_sequences(inputs: Any, parameter: Tensor) -> bool:
     """Is this an activation `(S, …, *shape)` with a gain or bias of that shape, written out by hand?"""
-    if not isinstance(inputs, Tensor) or isinstance(inputs, StandIn):
+    if not isinstance(inputs, Tensor) or isinstance(inputs, (StandIn, Copied)):
         return False
     shape = shape_of(parameter)
     return 0 < len(shape) < inputs.ndim and inputs.shape[-len(shape) :] == shape
+
+
+def _pairs_of_positions(indices: Tensor, table: Tensor) -> bool:
+    """Are these indices `(T, T')`, the same for all sequences, as those of relative positions are?"""
+    slot = slot_of(table)
+    if slot is None or indices.ndim < 2 or slot.layer.segments is not None or slot.layer.num_sequences is None:
+        return False
+    return indices.shape[0] not in (1, slot.layer.num_sequences)

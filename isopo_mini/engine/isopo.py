@@ -12,16 +12,23 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from isopo_mini import checks
-from isopo_mini.engine import handlers  # noqa: F401  (importing registers them)
+from isopo_mini.engine import (  # noqa: F401  (importing registers them)
+    attention_handler,
+    convolution_handlers,
+    handlers,
+    product_handlers,
+)
+from isopo_mini.engine.copies import MAX_BYTES, Fallback
 from isopo_mini.engine.layer_gradients import PATHS, LayerGradients, Resources
 from isopo_mini.engine.loss_scale import check_loss_scale, grad_scaler_noticed
 from isopo_mini.engine.microbatch import PAST_ITS_MODULE, LayerUses, Microbatch, Uses
 from isopo_mini.engine.parameter_gradients import Workspace
 from isopo_mini.engine.places import layer_names, stand_ins
+from isopo_mini.engine.segments import Segments
 from isopo_mini.engine.stand_in import PAST_PYTORCH, Tape, UnhandledParameterError
 from isopo_mini.engine.transforms import NTK, MovingAverages, Transform
 
@@ -39,6 +46,8 @@ class Isopo:
             all Gram matrices; backpropagation then holds every layer's factors until its end.
         decay: of the moving averages.
         seed: of the sketches and of the sampled tokens.
+        copy_bytes: where no handler covers what is done with a parameter, each sequence gets a copy of it, as long as
+            the copies of one parameter take no more than this; 0 refuses such uses.
 
     Raises:
         ValueError: an unknown option, or a model without trainable parameters.
@@ -57,7 +66,9 @@ class Isopo:
         layers: str = "separate",
         decay: float = 0.9,
         seed: int = 0,
+        copy_bytes: int = MAX_BYTES,
     ) -> None:
+        checks.require_at_least("copy_bytes", copy_bytes, 0)
         checks.require_choice("gram", gram, PATHS)
         checks.require_choice("layers", layers, ("separate", "together"))
         checks.require_at_least("sketch_size", sketch_size, 1)
@@ -71,6 +82,7 @@ class Isopo:
         self._averages: dict[str, MovingAverages] = {}
         self._generators: dict[torch.device, torch.Generator] = {}
         self._workspace = Workspace()
+        self._fallback = Fallback(copy_bytes)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("model: expected at least one trainable parameter, got none")
 
@@ -81,6 +93,7 @@ class Isopo:
         mask: Bool[Tensor, "S T"] | None = None,
         *,
         loss_scale: float | Float[Tensor, ""] = 1.0,
+        segments: Int[Tensor, "..."] | None = None,
     ) -> Iterator[Microbatch]:
         """Open a microbatch: run the forward and the backward pass inside the `with` block.
 
@@ -90,6 +103,9 @@ class Isopo:
         Args:
             advantages: A, one a sequence. The step is linear in them: pass A/S for a mean over sequences.
             mask: the positions that the token-sampled Fisher norm may draw; all positions when None.
+            segments: for packed sequences, several in a row: the sequence of every token, from 0 to S − 1 or negative
+                for padding that has no part in the loss. It has the shape of the tokens, `(1, N)` or `(R, T)`. No layer
+                may mix the sequences of a row; an attention is told their `position_ids`.
             loss_scale: s > 0, where s times that sum is differentiated. `.grad` is then s times the step. The engine
                 cannot see s; untold, it would make of a Fisher-normalised step, divided by s again, s⁻² times that
                 step. Do not count a `torch.amp.GradScaler`: its method `scale` is noticed inside the block.
@@ -109,6 +125,7 @@ class Isopo:
             checks.require_shape("mask", mask, "S T", sizes)
         check_loss_scale(loss_scale)
         advantages = advantages.detach()
+        packed = None if segments is None else _segments(segments, len(advantages))
 
         resources = self._resources(mask, loss_scale)
 
@@ -121,7 +138,7 @@ class Isopo:
             microbatch.coefficients[name] = coefficients
             return gradients.combine(coefficients)
 
-        microbatch = Microbatch(self.model, self.layers, len(advantages), close_layer)
+        microbatch = Microbatch(self.model, self.layers, len(advantages), close_layer, self._fallback, packed)
         try:
             with grad_scaler_noticed(note_scaler), microbatch.opened():
                 yield microbatch
@@ -145,6 +162,10 @@ class Isopo:
             for name, value in averages.noted().items():
                 numbers.setdefault(name, {})[layer] = value
         return numbers
+
+    def copied(self) -> dict[str, str]:
+        """The parameters of which each sequence got a copy so far, with the function that no handler covered."""
+        return dict(self._fallback.used)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The moving averages, as `{"layer/name": value}`, ready for safetensors."""
@@ -187,6 +208,20 @@ class Isopo:
         return Resources(self.gram, self.sketch_size, self._workspace, generator_of, mask, loss_scale)
 
 
+def _segments(index: Tensor, num_sequences: int) -> Segments:
+    """The sequence of every token, checked."""
+    if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.ndim == 0:
+        came = f"{index.dtype} of shape {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
+        raise ValueError(f"segments: expected an int64 tensor with the shape of the tokens, got {came}")
+    if index.numel() == 0 or int(index.max()) >= num_sequences or not bool((index >= 0).any()):
+        raise ValueError(f"segments: expected sequences from 0 to {num_sequences - 1}, got {_range(index)}")
+    return Segments(index.flatten(), num_sequences, index.shape)
+
+
+def _range(index: Tensor) -> str:
+    return f"{int(index.min())} to {int(index.max())}" if index.numel() else "no tokens"
+
+
 def gram_matrices(
     model: nn.Module,
     log_probs: Callable[[], Float[Tensor, "S ..."]],
@@ -208,7 +243,7 @@ def gram_matrices(
     layers: dict[str, LayerUses] = {}
 
     def make_layer(name: str) -> LayerUses:
-        layers[name] = LayerUses(tape=tape)
+        layers[name] = LayerUses(tape=tape, fallback=engine._fallback)
         return layers[name]
 
     with stand_ins(model, "separate", make_layer) as shadows:

@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node
 
+from isopo_mini.engine.copies import Fallback
 from isopo_mini.engine.in_place import Unchanged
 from isopo_mini.engine.parameter_gradients import MatrixGradients, VectorGradients
 from isopo_mini.engine.places import stand_ins
+from isopo_mini.engine.segments import Segments
 from isopo_mini.engine.stand_in import Slot, Tape, UnhandledParameterError
 
 PAST_ITS_MODULE = "a path that does not go through its module"
@@ -30,11 +32,21 @@ class LayerUses:
     Args:
         num_sequences: S, which the first axis of every input must have; None when the tape knows.
         tape: where the uses are noted; None when they report to the gate.
+        fallback: calls what no handler knows.
+        segments: the sequence of every row, where the first axis of the inputs is not the sequences.
     """
 
-    def __init__(self, num_sequences: int | None = None, tape: Tape | None = None) -> None:
+    def __init__(
+        self,
+        num_sequences: int | None = None,
+        tape: Tape | None = None,
+        fallback: Fallback | None = None,
+        segments: Segments | None = None,
+    ) -> None:
         self.num_sequences = num_sequences
         self.tape = tape
+        self.fallback = fallback or Fallback()
+        self.segments = segments
         self.uses: Uses = {}
         self._kept: list[Unchanged] = []
 
@@ -60,8 +72,8 @@ class LayerUses:
             return
         rows, columns = slot.parameter.shape[0], slot.parameter[0].numel()
         matrix = self.uses.setdefault(slot.name, MatrixGradients(rows, columns))
-        if not isinstance(matrix, MatrixGradients):
-            raise UnhandledParameterError(slot.name, "both an elementwise use and a matrix product")
+        if isinstance(matrix, VectorGradients):  # an earlier use gave it in full
+            matrix = self.uses[slot.name] = matrix.as_matrix(rows, columns)
         matrix.add_use(left, right)
         self._kept += [Unchanged(slot.name, left), Unchanged(slot.name, right)]
 
@@ -70,9 +82,11 @@ class LayerUses:
         if not self.wanted():
             return
         vector = self.uses.setdefault(slot.name, VectorGradients())
-        if not isinstance(vector, VectorGradients):
-            raise UnhandledParameterError(slot.name, "both an elementwise use and a matrix product")
-        vector.add_use(output_gradients, factors)
+        if isinstance(vector, MatrixGradients):
+            alone = VectorGradients([output_gradients], [factors])
+            vector.add_use(*alone.as_matrix(vector.rows, vector.columns).pairs[0])
+        else:
+            vector.add_use(output_gradients, factors)
         self._kept += [Unchanged(slot.name, kept) for kept in (output_gradients, factors) if kept is not None]
 
     def take_uses(self) -> Uses:
@@ -87,7 +101,7 @@ class _Layer(LayerUses):
     """One layer of an open microbatch: once backpropagation has passed all its uses, it closes its gate."""
 
     def __init__(self, name: str, microbatch: "Microbatch") -> None:
-        super().__init__(microbatch.num_sequences)
+        super().__init__(microbatch.num_sequences, fallback=microbatch.fallback, segments=microbatch.segments)
         self.name = name
         self.microbatch = microbatch
         self.slots: list[Slot] = []
@@ -156,6 +170,8 @@ class Microbatch:
         layers: see `layer_names`.
         num_sequences: S.
         close_layer: takes a layer's name and the uses of its parameters, returns their gradients by name.
+        fallback: calls what no handler knows.
+        segments: the sequence of every row, where the first axis of the inputs is not the sequences.
     """
 
     def __init__(
@@ -164,7 +180,11 @@ class Microbatch:
         layers: str,
         num_sequences: int,
         close_layer: Callable[[str, Uses], dict[str, Tensor]],
+        fallback: Fallback | None = None,
+        segments: Segments | None = None,
     ) -> None:
+        self.fallback = fallback or Fallback()
+        self.segments = segments
         self.model = model
         self.layers = layers
         self.num_sequences = num_sequences
@@ -188,6 +208,7 @@ class Microbatch:
                     hook.remove()
                 self.returned = {}
         self._refuse_open_layers()
+        self.fallback.warn()
 
     def _make_layer(self, name: str) -> _Layer:
         """The layer of a name, to be asked at the end whether it is closed."""

@@ -206,6 +206,12 @@ class VectorGradients:
             )
         return self.formed
 
+    def as_matrix(self, rows: int, columns: int) -> MatrixGradients:
+        """The same gradients as those of a matrix `(rows, columns)`: all its rows were looked up once."""
+        formed = self.form()
+        every_row = torch.arange(rows, device=formed.device).expand(len(formed), rows)
+        return MatrixGradients(rows, columns, [every_row], [formed.view(-1, rows, columns)])
+
     def gram(self) -> Tensor:
         """K, `(S, S)`."""
         return grams.inner_products(self.form())
