@@ -9,21 +9,17 @@ What is computed from parameters alone, such as 1 + w or w.T, is `Copied`: it ke
 an activation, and with it the sequences.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from isopo_mini.engine.layer_functions import copies_of
+from isopo_mini.engine.segments import Segments, remember
 from isopo_mini.engine.sequence_axis import RowsOfSequences
 from isopo_mini.engine.stand_in import Copied, Slot, StandIn, UnhandledParameterError, slot_of
-
-MAX_BYTES = 2**28  # of the copies of one parameter
-NAMED = 3  # parameters that a warning lists
 
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "pow")
 INPLACE_OPERATORS = frozenset(f"__i{name}__" for name in _OPERATORS)
@@ -37,80 +33,18 @@ ELEMENTWISE = frozenset(
 EXPANDING = frozenset(("expand", "expand_as", "broadcast_to", "repeat", "tile"))
 
 
-class Fallback:
-    """Calls functions that no handler knows, and remembers for which parameters.
+class Call:
+    """One call of a function that no handler knows.
 
     Args:
-        max_bytes: what the copies of one parameter may take; 0 refuses every use that no handler covers.
+        copies: makes the copies of a parameter, `(S, …)`, from its slot, S and the name of what they are used for.
+        function: any of PyTorch's.
+        args: its arguments, with stand-ins or `Copied` among them.
+        kwargs: likewise.
     """
 
-    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
-        self.max_bytes = max_bytes
-        self.used: dict[str, str] = {}  # parameter → the first function that met it
-        self._warned: set[str] = set()
-
-    def __call__(self, function: Callable, args: Any, kwargs: Any) -> Any:
-        """The function's result, through which every sequence's gradient reaches its own copy.
-
-        Args:
-            function: any of PyTorch's.
-            args: its arguments, with stand-ins or `Copied` among them.
-            kwargs: likewise.
-
-        Raises:
-            UnhandledParameterError: the copies are too large, an activation does not carry the sequences, or all
-                sequences together give something else than one after the other.
-        """
-        call = _Call(self, function, args, kwargs)
-        activations = call.activations()
-        if torch.is_grad_enabled() and activations and call.changes_in_place:
-            sequences = call.sequences()
-            if call.name not in ELEMENTWISE or sequences is None or args[0] is not activations[0]:
-                raise call.refused(", which changes it in place")
-            return call.lined_up(sequences)
-        plain = call.with_parameters()
-        if not torch.is_grad_enabled() or not any(map(_asks_for_gradient, tree_leaves(plain))):
-            return plain
-        sequences = call.sequences()
-        if call.name in EXPANDING and not activations and call.repeats(sequences, plain):
-            return RowsOfSequences.of(call.one_row(cast(int, sequences)), call.slots[0].name)
-        if not any(leaf.requires_grad or _carries(leaf, sequences) for leaf in activations):
-            return call.from_parameters_alone(plain)
-        if sequences is None:
-            raise call.refused(" before any activation that carries the sequences")
-        if call.name in ELEMENTWISE:
-            return call.lined_up(sequences)
-        return call.one_by_one(sequences, plain)
-
-    def copies(self, slot: Slot, sequences: int, use: str) -> Tensor:
-        """One copy of a parameter a sequence, `(S, …)`."""
-        needed = sequences * slot.parameter.numel() * slot.parameter.element_size()
-        if needed > self.max_bytes:
-            raise UnhandledParameterError(
-                slot.name, f"{use}, for which {sequences} copies take {needed:,} bytes of {self.max_bytes:,} allowed"
-            )
-        self.used.setdefault(slot.name, use)
-        return copies_of(slot, sequences)
-
-    def warn(self) -> None:
-        """Say for which parameters it was used, each once."""
-        new = [name for name in self.used if name not in self._warned]
-        if not new:
-            return
-        self._warned.update(new)
-        more = f" and {len(new) - NAMED} more" if len(new) > NAMED else ""
-        warnings.warn(
-            f"{', '.join(f'{name} ({self.used[name]})' for name in new[:NAMED])}{more}: no handler covers what is done "
-            f"with these parameters, so each sequence gets a copy of its own: exact, at S times their memory",
-            stacklevel=4,
-        )
-
-
-class _Call:
-    """One call of a function that no handler knows."""
-
-    def __init__(self, fallback: Fallback, function: Callable, args: Any, kwargs: Any) -> None:
-        self.fallback = fallback
+    def __init__(self, copies: Callable[[Slot, int, str], Tensor], function: Callable, args: Any, kwargs: Any) -> None:
+        self._copies = copies
         self.function = function
         self.name = getattr(function, "__name__", str(function))
         if self.name == "__get__":  # a property, such as `weight.T`
@@ -153,49 +87,72 @@ class _Call:
                     return layer.expected_sequences(leaf)
         return known
 
-    def lined_up(self, sequences: int) -> Any:
-        """An elementwise function: copies `(S, 1, …, *shape)`, so that broadcasting brings each to its sequence."""
-        activations = self.activations()
-        axes = max(leaf.ndim for leaf in activations)
-        for leaf in activations:
-            if leaf.requires_grad and not (leaf.ndim == axes and leaf.shape[0] == sequences):
+    def carries(self, leaf: Tensor) -> bool:
+        """Are its first axes as long as the sequences, or the segments, are?"""
+        segments = self.slots[0].layer.segments
+        if segments is not None:
+            return segments.are_rows_of(leaf)
+        return leaf.ndim > 0 and leaf.shape[0] == self.sequences()
+
+    def rows(self, axes: int) -> "_Rows":
+        """Whose the rows of the activations are, `axes` the most that one has."""
+        sequences = self.sequences()
+        assert sequences is not None
+        found = None
+        for leaf in self.activations():
+            if leaf.ndim == axes and (leaf.requires_grad or (found is None and self.carries(leaf))):
+                try:
+                    segments = self.slots[0].check_input(leaf, axes=1)
+                except ValueError as error:
+                    raise self.refused(f" with an activation whose sequences are not known ({error})") from error
+                found = _Rows(sequences, segments)
+        for leaf in self.activations():
+            if leaf.requires_grad and (found is None or not found.carried_by(leaf)):
                 raise self.refused(_without_sequences(leaf, sequences))
+        if found is None:
+            raise self.refused(_without_sequences(self.activations()[0], sequences))
+        return found
+
+    def lined_up(self) -> Any:
+        """An elementwise function: copies `(S, 1, …, *shape)`, so that broadcasting brings each to its sequence."""
+        axes = max(leaf.ndim for leaf in self.activations())
+        rows = self.rows(axes)
         leaves = []
         for leaf in self.leaves:
             if isinstance(leaf, (StandIn, Copied)):
-                shape = _shape(leaf)
-                if len(shape) > axes or (len(shape) == axes and shape[0] != 1):
+                copies = self.copies(leaf, rows)
+                while copies.ndim > 1 + axes - len(rows.shape) and copies.shape[1] == 1:
+                    copies = copies.squeeze(1)
+                missing = 1 + axes - len(rows.shape) - copies.ndim
+                if missing < 0:
                     raise self.refused(f" with an activation of {axes} axes, whose first the parameter has as well")
-                copies = self.copies(leaf, sequences)
-                copies = copies.flatten(0, 1) if len(shape) == axes else copies
-                leaf = copies.reshape(sequences, *[1] * (axes - copies.ndim), *copies.shape[1:])
+                leaf = copies.reshape(*rows.shape, *[1] * missing, *copies.shape[1:])
             leaves.append(leaf)
-        return self.run(leaves)
+        return rows.remembered(self.run(leaves))
 
-    def one_by_one(self, sequences: int, plain: Any) -> Any:
-        """Any function: one sequence after the other, as a batch of one, in one call."""
-        for leaf in self.activations():
-            if leaf.requires_grad and not _carries(leaf, sequences):
-                raise self.refused(_without_sequences(leaf, sequences))
-        outputs = self.batched(sequences, lambda leaf: leaf.unsqueeze(1) if _carries(leaf, sequences) else None)
-        shapes_agree = all(
-            not isinstance(ours, Tensor) or (ours.ndim > 1 and ours.shape[1] == 1 and ours[:, 0].shape == theirs.shape)
-            for ours, theirs in zip(tree_leaves(outputs), tree_leaves(plain), strict=True)
-        )
-        if shapes_agree:
-            outputs = tree_map(lambda ours: ours[:, 0] if isinstance(ours, Tensor) else ours, outputs)
-        if not shapes_agree or not all(map(_close, tree_leaves(outputs), tree_leaves(plain))):
-            raise self.refused(", which gives all sequences together another result than one after the other")
-        return outputs
+    def one_by_one(self, plain: Any) -> Any:
+        """Any function: one sequence, or row, after the other, as a batch of one, in one call."""
+        rows = self.rows(max(leaf.ndim for leaf in self.activations() if self.carries(leaf) or leaf.requires_grad))
+        ones = [1] * len(rows.shape)
+        outputs = self.batched(rows, lambda leaf: leaf.reshape(-1, *ones, *leaf.shape[len(ones) :]))
+        results, structure = tree_flatten(outputs)
+        for position, (ours, theirs) in enumerate(zip(results, tree_leaves(plain), strict=True)):
+            if isinstance(ours, Tensor):
+                alike = list(ours.shape[1 : 1 + len(ones)]) == ones
+                if alike:
+                    ours = results[position] = ours.reshape(*rows.shape, *ours.shape[1 + len(ones) :])
+                if not alike or not _close(ours, theirs):
+                    raise self.refused(", which gives all sequences together another result than one after the other")
+        return tree_unflatten([rows.remembered(result) for result in results], structure)
 
-    def batched(self, sequences: int, split: Callable[[Tensor], Tensor | None]) -> Any:
-        """One call with all copies, under vmap. `split` gives an activation by sequence, or None for one they share."""
+    def batched(self, rows: "_Rows", split: Callable[[Tensor], Tensor] | None = None) -> Any:
+        """One call with all copies, under vmap. `split` gives the rows of an activation; one without them is shared."""
         by_sequence: dict[int, Tensor] = {}
         for index, leaf in enumerate(self.leaves):
             if isinstance(leaf, (StandIn, Copied)):
-                by_sequence[index] = self.copies(leaf, sequences)
-            elif isinstance(leaf, Tensor) and (parts := split(leaf)) is not None:
-                by_sequence[index] = parts
+                by_sequence[index] = self.copies(leaf, rows)
+            elif isinstance(leaf, Tensor) and split is not None and rows.carried_by(leaf):
+                by_sequence[index] = split(leaf)
 
         def of_one(*tensors: Tensor) -> Any:
             replaced = dict(zip(by_sequence, tensors, strict=True))
@@ -206,11 +163,16 @@ class _Call:
         except (RuntimeError, ValueError) as error:
             raise self.refused(f", which cannot be run one sequence after the other ({error})") from error
 
-    def copies(self, leaf: "StandIn | Copied", sequences: int) -> Tensor:
-        """One copy a sequence of an argument."""
+    def copies(self, leaf: StandIn | Copied, rows: "_Rows") -> Tensor:
+        """One copy of an argument for each row, `(rows, …)`."""
         if isinstance(leaf, Copied):
-            return leaf.recipe(sequences)
-        return self.fallback.copies(leaf.slot, sequences, self.name)
+            copies = leaf.recipe(rows.sequences)
+        else:
+            copies = self._copies(leaf.slot, rows.sequences, self.name)
+        if rows.segments is None:
+            return copies
+        with torch._C.DisableTorchFunctionSubclass():
+            return rows.segments.of_rows(copies, cast(Tensor, _value_of(leaf)))
 
     def from_parameters_alone(self, plain: Any) -> Any:
         """The result, each of its tensors with a recipe."""
@@ -218,7 +180,7 @@ class _Call:
 
         def recipe(sequences: int, position: int) -> Tensor:
             if sequences not in made:
-                made[sequences] = tree_leaves(self.batched(sequences, lambda leaf: None))
+                made[sequences] = tree_leaves(self.batched(_Rows(sequences)))
             return made[sequences][position]
 
         leaves, structure = tree_flatten(plain)
@@ -236,7 +198,24 @@ class _Call:
 
     def one_row(self, sequences: int) -> Tensor:
         """Of a value that is repeated S times, the first row of each copy: `(S, …)`."""
-        return cast(Tensor, self.batched(sequences, lambda leaf: None))[:, 0]
+        return cast(Tensor, self.batched(_Rows(sequences)))[:, 0]
+
+
+class _Rows:
+    """The first axes of an activation: the sequences, or rows of several of them."""
+
+    def __init__(self, sequences: int, segments: Segments | None = None) -> None:
+        self.sequences = sequences
+        self.segments = segments
+        self.shape = (sequences,) if segments is None else segments.shape
+
+    def carried_by(self, leaf: Tensor) -> bool:
+        """Does an activation have these axes?"""
+        return tuple(leaf.shape[: len(self.shape)]) == self.shape
+
+    def remembered(self, outputs: Any) -> Any:
+        """Outputs, in whose history it is noted if their rows are not the sequences."""
+        return remember(outputs, self.segments) if isinstance(outputs, Tensor) else outputs
 
 
 def _slots_of(leaf: Any) -> tuple[Slot, ...]:
@@ -267,19 +246,10 @@ def _without_watch(leaf: Any) -> Any:
         return leaf.as_subclass(Tensor)
 
 
-def _asks_for_gradient(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.requires_grad
-
-
-def _carries(leaf: Tensor, sequences: int | None) -> bool:
-    """Is its first axis as long as there are sequences?"""
-    return leaf.ndim > 0 and leaf.shape[0] == sequences
-
-
-def _close(ours: Any, theirs: Any) -> bool:
-    """The same up to rounding, NaN where the other is NaN."""
-    if not isinstance(ours, Tensor) or not ours.is_floating_point():
-        return True
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    """The same shape, and the same numbers up to rounding, NaN where the other is NaN."""
+    if ours.shape != theirs.shape or not ours.is_floating_point():
+        return ours.shape == theirs.shape
     tolerance = torch.finfo(ours.dtype).eps ** 0.5
     with torch.no_grad():
         return torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance, equal_nan=True)

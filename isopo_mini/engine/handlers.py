@@ -62,6 +62,18 @@ def _add(input: Tensor, other: Tensor, *, alpha: float = 1) -> Tensor:
     return scale_and_shift(inputs, None, shift) if handled else NotImplemented
 
 
+@register(Tensor.__getitem__)
+def _getitem(input: Tensor, index: Any) -> Tensor:
+    """One entry of a stack of parameters, such as an expert's weight, is a parameter of its own."""
+    if isinstance(index, Tensor) and index.ndim == 0 and index.dtype == torch.int64:
+        index = int(index)
+    if not isinstance(input, StandIn) or type(index) is not int or len(shape_of(input)) < 2:
+        return NotImplemented
+    if not -len(input.slot.parameter) <= index < len(input.slot.parameter):
+        raise IndexError(f"parameter '{input.slot.name}': expected an index below {len(input.slot.parameter)}")
+    return StandIn.for_slot(input.slot.part(index))
+
+
 def _broadcasts_over_sequences(inputs: Any, parameter: Tensor) -> bool:
     """Is this an activation `(S, …, *shape)` with a gain or bias of that shape, written out by hand?"""
     if not isinstance(inputs, Tensor) or isinstance(inputs, (StandIn, Copied)):

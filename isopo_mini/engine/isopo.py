@@ -22,7 +22,7 @@ from isopo_mini.engine import (  # noqa: F401  (importing registers them)
     handlers,
     product_handlers,
 )
-from isopo_mini.engine.copies import MAX_BYTES, Fallback
+from isopo_mini.engine.fallback import MAX_BYTES, Fallback
 from isopo_mini.engine.layer_gradients import PATHS, LayerGradients, Resources
 from isopo_mini.engine.loss_scale import check_loss_scale, grad_scaler_noticed
 from isopo_mini.engine.microbatch import PAST_ITS_MODULE, LayerUses, Microbatch, Uses

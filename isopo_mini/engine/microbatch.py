@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node
 
-from isopo_mini.engine.copies import Fallback
+from isopo_mini.engine.fallback import Fallback
 from isopo_mini.engine.in_place import Unchanged
 from isopo_mini.engine.parameter_gradients import MatrixGradients, VectorGradients
 from isopo_mini.engine.places import stand_ins
@@ -141,6 +141,11 @@ class _Layer(LayerUses):
             gradient = combined.get(slot.name)
             if gradient is not None:
                 gradient = gradient.view_as(slot.parameter).to(slot.parameter.dtype)
+            for index, part in slot.parts.items():
+                if part.name in combined:
+                    gradient = torch.zeros_like(slot.parameter) if gradient is None else gradient
+                    gradient[index] += combined[part.name].view_as(part.parameter)
+            if gradient is not None:
                 self.microbatch.returned[slot.name] = gradient
             result.append(gradient)
         return result

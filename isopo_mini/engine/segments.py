@@ -46,12 +46,13 @@ class Segments:
         self.shape = tuple(index.shape if shape is None else shape)
         self._destination: tuple[Tensor, Tensor, int] | None = None
 
-    def leading_axes(self, tensor: Tensor) -> int | None:
-        """How many axes of a tensor are rows: those of `shape`, or the first alone; None where neither is so."""
-        for axes in (self.shape, (len(self.index),)):
-            if tuple(tensor.shape[: len(axes)]) == axes:
-                return len(axes)
-        return None
+    def are_rows_of(self, tensor: Tensor) -> bool:
+        """Are the first axes of a tensor those of the rows?"""
+        return tuple(tensor.shape[: len(self.shape)]) == self.shape
+
+    def are_sequences(self) -> bool:
+        """Is each row a sequence, in their order?"""
+        return torch.equal(self.index, torch.arange(self.num_sequences, device=self.index.device))
 
     def by_sequence(self, tensor: Tensor, feature_axes: int) -> Tensor:
         """Rows `(N, …, *features)` as `(S, T, d)`, with zeros where a sequence has fewer than T positions."""
@@ -63,9 +64,8 @@ class Segments:
         return places.view(self.num_sequences, -1, features)
 
     def of_rows(self, copies: Tensor, shared: Tensor) -> Tensor:
-        """The copy of its sequence for every row, `(*shape, …)`, and `shared` for a row that belongs to none."""
-        all_copies = torch.cat([copies, shared.detach()[None]])
-        return all_copies[self.index.clamp_min(-1)].unflatten(0, self.shape)
+        """The copy of its sequence for every row, `(N, …)`, and `shared` for a row that belongs to none."""
+        return torch.cat([copies, shared.detach()[None]])[self.index.clamp_min(-1)]
 
     def _places(self) -> tuple[Tensor, Tensor, int]:
         """Rows that belong to a sequence, where each goes in `(S · T)`, and T."""
@@ -81,17 +81,24 @@ class Segments:
         return self._destination
 
 
-def from_history(tensor: Tensor, num_sequences: int) -> Segments | None:
-    """The sequences of a tensor's rows, as far as its history shows them; None otherwise."""
-    if tensor.ndim < 1 or not num_sequences:
+def from_history(tensor: Tensor, num_sequences: int, packed: Segments | None = None) -> Segments | None:
+    """The sequences of a tensor's rows, as far as its history shows them; None otherwise.
+
+    Args:
+        tensor: some input, `(N, …)`.
+        num_sequences: S.
+        packed: the sequences of the rows that everything begins with, if those are not the sequences.
+    """
+    if tensor.ndim < 1:
         return None
+    start = packed or Segments(torch.arange(num_sequences), num_sequences)
     index = None
     if tensor.grad_fn is not None:
-        index = _index(tensor.grad_fn, tensor.shape[0], num_sequences, [LONGEST_HISTORY])
+        index = _index(tensor.grad_fn, tensor.shape[0], start, [LONGEST_HISTORY])
     elif tensor._is_view() and tensor.is_contiguous():
         base = tensor._base
         if base is not None and base.is_contiguous() and base.numel() == tensor.numel():
-            index = _unflattened(base.shape, tensor.shape[0], num_sequences)
+            index = _unflattened(base.shape, tensor.shape[0], start)
     return None if index is None else Segments(index.to(tensor.device), num_sequences)
 
 
@@ -102,7 +109,7 @@ def remember(outputs: Tensor, segments: Segments | None) -> Tensor:
     return outputs
 
 
-def _index(node: Any, rows: int, num_sequences: int, left: list[int]) -> Tensor | None:
+def _index(node: Any, rows: int, start: Segments, left: list[int]) -> Tensor | None:
     """The sequences of the rows of a node's output, which has so many."""
     left[0] -= 1
     if node is None or left[0] < 0:
@@ -114,28 +121,29 @@ def _index(node: Any, rows: int, num_sequences: int, left: list[int]) -> Tensor 
     if name in VIEWS:
         sizes = node._saved_self_sym_sizes
         if sizes[0] == rows:
-            return _index(parents[0], rows, num_sequences, left)
-        return _unflattened(sizes, rows, num_sequences)
+            return _index(parents[0], rows, start, left)
+        return _unflattened(sizes, rows, start)
     if name == "IndexBackward0":
-        return _chosen(node, parents[0], num_sequences, left)
+        return _chosen(node, parents[0], start, left)
     if name not in SAME_ROWS and not (name in ALONG_AN_AXIS and _leaves_rows(node)):
         return None
     for parent in parents:
         if parent is not None and _rows_of(parent) == rows:
-            found = _index(parent, rows, num_sequences, left)
+            found = _index(parent, rows, start, left)
             if found is not None:
                 return found
     return None
 
 
-def _chosen(node: Any, parent: Any, num_sequences: int, left: list[int]) -> Tensor | None:
+def _chosen(node: Any, parent: Any, start: Segments, left: list[int]) -> Tensor | None:
     """The sequences of rows that were picked by one index for each."""
     indices = list(node._saved_indices)
     while indices and indices[-1] is None:
         indices.pop()
     if not indices or not all(index is not None and index.ndim == 1 for index in indices):
         return None
-    before = _index(parent, node._saved_self_sym_sizes[0], num_sequences, left)
+    sizes = node._saved_self_sym_sizes
+    before = _unflattened(sizes, sizes[0], start) if len(sizes) > 2 else _index(parent, sizes[0], start, left)
     return None if before is None else before[indices[0].to(before.device)]
 
 
@@ -156,8 +164,8 @@ def _rows_of(node: Any) -> int | None:
     return int(shape[0]) if len(shape) else None
 
 
-def _unflattened(sizes: Sequence[int], rows: int, num_sequences: int) -> Tensor | None:
-    """The sequences of the rows of `(S, …)` after its first axes were joined to one."""
-    if not sizes or sizes[0] != num_sequences or rows % num_sequences:
+def _unflattened(sizes: Sequence[int], rows: int, start: Segments) -> Tensor | None:
+    """The sequences of the rows that `(S, …)`, or what is packed, has after its first axes were joined to one."""
+    if tuple(sizes[: len(start.shape)]) != start.shape or rows % len(start.index):
         return None
-    return torch.arange(num_sequences).repeat_interleave(rows // num_sequences)
+    return start.index.repeat_interleave(rows // len(start.index))

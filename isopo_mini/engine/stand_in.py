@@ -42,7 +42,7 @@ class Layer(Protocol):
     segments: Segments | None
 
     @property
-    def fallback(self) -> Callable[[Callable, Any, Any], Any]: ...  # see `copies.Fallback`
+    def fallback(self) -> Callable[[Callable, Any, Any], Any]: ...  # see `fallback.Fallback`
     def expected_sequences(self, tensor: Tensor) -> int: ...
     def gate(self) -> Tensor: ...
     def add_matrix_use(self, slot: "Slot", left: Tensor, right: Tensor) -> None: ...
@@ -58,11 +58,23 @@ class Slot:
         self.layer = layer
         self.places: list[tuple[nn.Module, str]] = []
         self.values = parameter.detach()  # without a path to the parameter: that path is the gate
+        self.parts: dict[int, Slot] = {}
+        self.whole: Slot | None = None  # of which this is a part
+
+    def part(self, index: int) -> "Slot":
+        """Entry `index` of a parameter that is a stack, such as one of experts: a parameter of its own to the layer."""
+        index %= len(self.parameter)
+        if index not in self.parts:
+            self.parts[index] = Slot(f"{self.name}[{index}]", cast(nn.Parameter, self.parameter[index]), self.layer)
+            self.parts[index].places = self.places
+            self.parts[index].whole = self
+        return self.parts[index]
 
     def check_places(self) -> None:
         """The modules must still keep this parameter: the stand-in would hide what somebody put in its place."""
+        parameter = self.parameter if self.whole is None else self.whole.parameter
         for module, key in self.places:
-            if module._parameters.get(key) is not self.parameter:
+            if module._parameters.get(key) is not parameter:
                 raise ValueError(
                     f"parameter '{self.name}': expected the model's own parameter while a microbatch is open, got "
                     f"another tensor in its place; use torch.func.functional_call outside of the block"
@@ -73,12 +85,14 @@ class Slot:
         sequences = self.layer.expected_sequences(tensor)
         segments = self.layer.segments
         if segments is not None:
-            leading = segments.leading_axes(tensor)
-            if leading is not None and tensor.ndim >= axes - 1 + leading:
+            if segments.are_rows_of(tensor) and tensor.ndim >= axes - 1 + len(segments.shape):
                 return segments
         elif tensor.ndim >= axes and tensor.shape[0] == sequences:
-            return None
-        elif tensor.ndim >= axes and (found := from_history(tensor, sequences)) is not None:
+            if tensor.ndim > axes or tensor.grad_fn is None:
+                return None
+            found = from_history(tensor, sequences)  # an expert may be given S tokens
+            return None if found is None or found.are_sequences() else found
+        if tensor.ndim >= axes and (found := from_history(tensor, sequences, segments)) is not None:
             return found
         raise ValueError(
             f"parameter '{self.name}': expected an input whose first axis is the S={sequences} sequences"
