@@ -30,7 +30,7 @@ def _attention(
     out_proj_weight: Tensor,
     out_proj_bias: Tensor | None,
     **options: Any,
-) -> tuple[Tensor, Tensor | None]:
+) -> Any:
     """Query `(T, S, E)`, key and value `(T', S, E)`, to `(T, S, E)` and the weights `(S, T, T')`."""
     if in_proj_weight is None or bias_k is not None or bias_v is not None or options.get("use_separate_proj_weight"):
         return NotImplemented

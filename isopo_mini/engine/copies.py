@@ -9,6 +9,7 @@ What is computed from parameters alone, such as 1 + w or w.T, is `Copied`: it ke
 an activation, and with it the sequences.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -80,12 +81,11 @@ class Call:
     def sequences(self) -> int | None:
         """S, where it is known: from the microbatch, or from the first activation that asks for a gradient."""
         layer = self.slots[0].layer
-        known = layer.num_sequences if layer.tape is None else layer.tape.num_sequences
-        if known is None:
+        if layer.num_sequences is None:
             for leaf in self.activations():
                 if leaf.requires_grad and leaf.ndim:
                     return layer.expected_sequences(leaf)
-        return known
+        return layer.num_sequences
 
     def carries(self, leaf: Tensor) -> bool:
         """Are its first axes as long as the sequences, or the segments, are?"""
@@ -159,7 +159,9 @@ class Call:
             return self.run([replaced.get(index, leaf) for index, leaf in enumerate(self.leaves)])
 
         try:
-            return torch.vmap(of_one)(*by_sequence.values())
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "There is a performance drop")  # beside what copies cost anyway
+                return torch.vmap(of_one)(*by_sequence.values())
         except (RuntimeError, ValueError) as error:
             raise self.refused(f", which cannot be run one sequence after the other ({error})") from error
 

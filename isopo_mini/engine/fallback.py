@@ -79,7 +79,7 @@ class Fallback:
         warnings.warn(
             f"{', '.join(f'{name} ({self.used[name]})' for name in new[:NAMED])}{more}: no handler covers what is done "
             f"with these parameters, so each sequence gets a copy of its own: exact, at S times their memory",
-            stacklevel=4,
+            stacklevel=6,  # the block of the user
         )
 
 

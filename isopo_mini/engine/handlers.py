@@ -1,7 +1,13 @@
 """What the engine knows about PyTorch's functions: each written in terms of the three uses of `layer_functions.py`.
 
 Matrix products are in `product_handlers`, and what is made of them in `convolution_handlers` and `attention_handler`.
-To teach the engine a new layer, register one more. Any function that is not here goes to the fallback in `copies`.
+Any other function goes to the fallback in `copies`. To save its copies, register one more. A norm of channels, for
+example, is a gain and a shift of the last axis once the channels are there:
+
+    @engine.register(F.instance_norm)
+    def norm(input, mean, variance, weight, bias, *rest):
+        channels_last = F.instance_norm(input).transpose(1, 2)                                # (S, T, channels)
+        return engine.scale_and_shift(channels_last, weight, bias).transpose(1, 2)
 """
 
 from typing import Any
@@ -23,7 +29,7 @@ def _embedding(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
-) -> Tensor:
+) -> Any:
     if max_norm is not None or scale_grad_by_freq or sparse:  # each changes the gradient or the weight itself
         return NotImplemented
     if padding_idx is not None and padding_idx < 0:
@@ -40,30 +46,30 @@ def _layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-) -> Tensor:
+) -> Any:
     return scale_and_shift(F.layer_norm(input, normalized_shape, None, None, eps), weight, bias)
 
 
 @register(F.rms_norm)
-def _rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+def _rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Any:
     return scale_and_shift(F.rms_norm(input, normalized_shape, None, eps), weight, None)
 
 
 @register(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
-def _mul(input: Tensor, other: Tensor) -> Tensor:
+def _mul(input: Any, other: Any) -> Any:
     inputs, scale = (other, input) if isinstance(input, StandIn) else (input, other)
     return scale_and_shift(inputs, scale, None) if _broadcasts_over_sequences(inputs, scale) else NotImplemented
 
 
 @register(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
-def _add(input: Tensor, other: Tensor, *, alpha: float = 1) -> Tensor:
+def _add(input: Any, other: Any, *, alpha: float = 1) -> Any:
     inputs, shift = (other, input) if isinstance(input, StandIn) else (input, other)
     handled = alpha == 1 and _broadcasts_over_sequences(inputs, shift)
     return scale_and_shift(inputs, None, shift) if handled else NotImplemented
 
 
 @register(Tensor.__getitem__)
-def _getitem(input: Tensor, index: Any) -> Tensor:
+def _getitem(input: Any, index: Any) -> Any:
     """One entry of a stack of parameters, such as an expert's weight, is a parameter of its own."""
     if isinstance(index, Tensor) and index.ndim == 0 and index.dtype == torch.int64:
         index = int(index)
@@ -87,4 +93,9 @@ def _pairs_of_positions(indices: Tensor, table: Tensor) -> bool:
     slot = slot_of(table)
     if slot is None or indices.ndim < 2 or slot.layer.segments is not None or slot.layer.num_sequences is None:
         return False
-    return indices.shape[0] not in (1, slot.layer.num_sequences)
+    sequences = slot.layer.num_sequences
+    if indices.ndim == 2 and sequences > 2 and indices.shape == (sequences, sequences):
+        # Only the values can tell. What depends on i − j alone is the same all along the diagonals; tokens are not.
+        along = torch.equal(indices[1:, 1:], indices[:-1, :-1])
+        return along and not bool((indices == indices[0, 0]).all())
+    return len(indices) not in (1, sequences)

@@ -235,6 +235,9 @@ def gram_matrices(
         model: the policy.
         log_probs: computes the log-probabilities, first axis S; they are summed over everything.
 
+    Raises:
+        ValueError: the first axis of the log-probabilities is not that of the first layer's input.
+
     Returns:
         The Gram matrix of each layer that the log-probabilities depend on, by the layer's name.
     """
@@ -247,7 +250,13 @@ def gram_matrices(
         return layers[name]
 
     with stand_ins(model, "separate", make_layer) as shadows:
-        total = log_probs().sum()
+        values = log_probs()
+        if values.ndim == 0 or tape.num_sequences not in (None, len(values)):
+            raise ValueError(
+                f"log_probs: expected a tensor whose first axis is the S={tape.num_sequences} sequences of the first "
+                f"layer's input, got shape {tuple(values.shape)}"
+            )
+        total = values.sum()
         # Of parameters and stand-ins nothing is expected back: what they are used for is on the tape.
         names = [shadow.slot.name for shadow in shadows]
         wanted: list[Any] = [*tape.edges]

@@ -43,7 +43,7 @@ class LayerUses:
         fallback: Fallback | None = None,
         segments: Segments | None = None,
     ) -> None:
-        self.num_sequences = num_sequences
+        self._num_sequences = num_sequences
         self.tape = tape
         self.fallback = fallback or Fallback()
         self.segments = segments
@@ -54,10 +54,15 @@ class LayerUses:
         """The node that the uses of an open microbatch hang on."""
         raise NotImplementedError(f"{type(self).__name__} has no gate")
 
+    @property
+    def num_sequences(self) -> int | None:
+        """S; None as long as the tape does not know."""
+        return self._num_sequences if self.tape is None else self.tape.num_sequences
+
     def expected_sequences(self, tensor: Tensor) -> int:
-        """S; see the class."""
+        """S, which this tensor decides if nothing has before."""
         if self.tape is None:
-            return cast(int, self.num_sequences)
+            return cast(int, self._num_sequences)
         if self.tape.num_sequences is None:
             self.tape.num_sequences = tensor.shape[0]
         return self.tape.num_sequences

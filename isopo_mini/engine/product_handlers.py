@@ -12,13 +12,13 @@ from isopo_mini.engine.stand_in import TAKE_TRANSPOSES, Copied, StandIn, registe
 
 
 @register(Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t)  # type: ignore[attr-defined]
-def _transpose(input: Tensor) -> Tensor:
+def _transpose(input: Tensor) -> Any:
     """`w.T` remembers whose transpose it is."""
     return _swapped(input, -2, -1)
 
 
 @register(Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes)
-def _swapped(input: Tensor, dim0: int, dim1: int) -> Tensor:
+def _swapped(input: Any, dim0: int, dim1: int) -> Any:
     if not isinstance(input, StandIn) or len(shape_of(input)) != 2 or {dim0 % 2, dim1 % 2} != {0, 1}:
         return NotImplemented
     transpose = input.slot.layer.fallback(torch.transpose, (input, 0, 1), {})
@@ -28,19 +28,19 @@ def _swapped(input: Tensor, dim0: int, dim1: int) -> Tensor:
 
 
 @register(F.linear)
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """x Wᵀ + b."""
     return _product(input, weight, bias, transposed=False)
 
 
 @register(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
-def _matmul(input: Tensor, other: Tensor) -> Tensor:
+def _matmul(input: Any, other: Any) -> Any:
     """x W."""
     return _product(input, other, None, transposed=True)
 
 
 @register(torch.addmm)
-def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
     """b + x W."""
     if alpha != 1 or beta != 1 or len(shape_of(input)) != 1:
         return NotImplemented
@@ -48,7 +48,7 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha:
 
 
 @register(torch.einsum)
-def _einsum(equation: Any, *operands: Any) -> Tensor:
+def _einsum(equation: Any, *operands: Any) -> Any:
     """x W or x Wᵀ, where the equation says no more than that."""
     if len(operands) != 2 or not isinstance(equation, str):
         return NotImplemented
@@ -68,7 +68,7 @@ TAKE_TRANSPOSES |= {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, to
 TAKE_TRANSPOSES |= {torch.einsum}
 
 
-def _product(inputs: Any, weight: Any, bias: Any, transposed: bool) -> Tensor:
+def _product(inputs: Any, weight: Any, bias: Any, transposed: bool) -> Any:
     """x Wᵀ + b, or x W + b with `transposed`; W may be a transpose itself."""
     if isinstance(weight, Copied):
         weight, transposed = weight.transpose_of, not transposed

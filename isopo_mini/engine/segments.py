@@ -56,8 +56,9 @@ class Segments:
 
     def by_sequence(self, tensor: Tensor, feature_axes: int) -> Tensor:
         """Rows `(N, …, *features)` as `(S, T, d)`, with zeros where a sequence has fewer than T positions."""
-        features = tensor.shape[tensor.ndim - feature_axes :].numel()
-        rows = tensor.reshape(len(self.index), -1, features)
+        end = tensor.ndim - feature_axes
+        features, between = tensor.shape[end:].numel(), tensor.shape[len(self.shape) : end].numel()
+        rows = tensor.reshape(len(self.index), between, features)
         chosen, destination, longest = self._places()
         places = rows.new_zeros(self.num_sequences * longest, *rows.shape[1:])
         places[destination] = rows[chosen]
@@ -73,7 +74,7 @@ class Segments:
             chosen = (self.index >= 0).nonzero()[:, 0]
             order = self.index[chosen].argsort(stable=True)
             counts = torch.bincount(self.index[chosen], minlength=self.num_sequences)
-            longest = int(counts.max())
+            longest = max(1, int(counts.max()))
             starts = counts.cumsum(0) - counts
             owners = self.index[chosen][order]
             positions = torch.arange(len(order), device=order.device) - starts[owners]

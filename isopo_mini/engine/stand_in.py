@@ -37,10 +37,11 @@ class UnhandledParameterError(ValueError):
 class Layer(Protocol):
     """What a use reports to; see `microbatch.LayerUses`."""
 
-    num_sequences: int | None
     tape: "Tape | None"
     segments: Segments | None
 
+    @property
+    def num_sequences(self) -> int | None: ...
     @property
     def fallback(self) -> Callable[[Callable, Any, Any], Any]: ...  # see `fallback.Fallback`
     def expected_sequences(self, tensor: Tensor) -> int: ...
@@ -52,7 +53,7 @@ class Layer(Protocol):
 class Slot:
     """A trainable parameter, its full name, its layer, and the modules that keep it."""
 
-    def __init__(self, name: str, parameter: nn.Parameter, layer: Layer) -> None:
+    def __init__(self, name: str, parameter: Tensor, layer: Layer) -> None:
         self.name = name
         self.parameter = parameter
         self.layer = layer
@@ -65,7 +66,7 @@ class Slot:
         """Entry `index` of a parameter that is a stack, such as one of experts: a parameter of its own to the layer."""
         index %= len(self.parameter)
         if index not in self.parts:
-            self.parts[index] = Slot(f"{self.name}[{index}]", cast(nn.Parameter, self.parameter[index]), self.layer)
+            self.parts[index] = Slot(f"{self.name}[{index}]", self.parameter[index], self.layer)
             self.parts[index].places = self.places
             self.parts[index].whole = self
         return self.parts[index]
