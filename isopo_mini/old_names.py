@@ -39,9 +39,7 @@ class _OldNames(MetaPathFinder, Loader):
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         new = NEW_NAMES[spec.name]
-        warnings.warn(
-            f"{spec.name} is now {new}; the old name ends with version 0.1", DeprecationWarning, stacklevel=2
-        )
+        warnings.warn(f"{spec.name} is now {new}; the old name ends with version 0.1", DeprecationWarning, stacklevel=2)
         module = importlib.import_module(new)
         spec.loader_state = module.__spec__  # which Python is about to overwrite
         return module

@@ -24,7 +24,7 @@ METADATA = {
 }
 CELL_METADATA = {"mystnb", "tags"}
 TAGS = {"setup", "hide-input", "hide-output", "hide-cell", "remove-input", "remove-output", "remove-cell"}
-CHAPTER_FOLDERS = {"foundations", "isopo", "experiments", "neighbours"}
+CHAPTER_FOLDERS = {"foundations", "isopo", "experiments", "neighbours", "beyond"}
 CHAPTER_SECTIONS = ("Where it breaks", "Exercises", "Summary")
 CODE_LINES = 25
 DRAWS = re.compile(r"\bplt\.(show|subplots|figure|subplot_mosaic)\(")

@@ -78,6 +78,12 @@ MORE_TOKENS = {
     "ntk:scale=natural": Family("natural", ENDS),
     **{loss + shape: Family("old policy") for loss in ("gspo", "cispo") for shape in (EPOCHS, TWO, ONE_PASS)},
 }
+# What the clip does for four epochs: nothing clipped, and CISPO's weights with the bound of another program.
+NO_CLIP = "clip_low=0.99,clip_high=100"
+CLIPS = {
+    f"ppo:{NO_CLIP}": Family("old policy", ("adamw", "muon")),
+    "cispo:dialect=trl": Family("old policy", ("muon",)),
+}
 # {none, Fisher, NTK} × {gradient scale, natural scale} × {SGD, AdamW}, and the published Fisher norm.
 ATTRIBUTION = tuple(
     f"{rule}/{optimizer}"
@@ -213,6 +219,7 @@ GRIDS = {
     "cartpole_damping": Grid("cartpole", CARTPOLE_DAMPING, CARTPOLE_OPTIONS, SMALL_NETWORK, EVERY),
     "addition_60": Grid("addition", TOKENS, OPTIONS, TRANSFORMER, BEST + ATTRIBUTION),
     "addition_60_more": Grid("addition", MORE_TOKENS, OPTIONS, TRANSFORMER),
+    "addition_60_clip": Grid("addition", CLIPS, OPTIONS, TRANSFORMER),
     "ablations": Grid("addition", ABLATIONS, OPTIONS, TRANSFORMER, factor=2),
     "addition_240": Grid("addition", LONG, LONG_OPTIONS, TRANSFORMER),
     "kl_addition": Grid("addition", TOKEN_NATS, OPTIONS, TRANSFORMER),

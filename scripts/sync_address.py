@@ -2,7 +2,7 @@
 
 The address is `repository.url` of `_config.yml`; the version is that of `pyproject.toml`, released under the tag
 `v<version>`. From these two come the setup cell of every notebook, the Colab badge and the clone line of
-`README.md`, and the links of `CITATION.cff`. After changing either, run
+`README.md`, and the links of `CITATION.cff` and of `pyproject.toml` itself. After changing either, run
 
     python scripts/sync_address.py            # write
     python scripts/sync_address.py --check    # only compare; exits 1 and names the files that differ
@@ -122,11 +122,20 @@ def synced_citation(text: str, address: Address) -> str:
     return re.sub(r"(?m)^version:.*$", f'version: "{address.version}"', text)
 
 
+def synced_project(text: str, address: Address) -> str:
+    """`pyproject.toml` with the three addresses of `[project.urls]` rewritten."""
+    changelog = f"{address.url}/blob/{address.branch}/CHANGELOG.md"
+    for name, link in {"Repository": address.url, "Issues": f"{address.url}/issues", "Changelog": changelog}.items():
+        text = re.sub(rf"(?m)^{name} = .*$", f'{name} = "{link}"', text)
+    return text
+
+
 def differing(root: Path = ROOT) -> dict[Path, str]:
     """What should stand in each file that does not yet say so."""
     address = read_address(root)
     wanted = {path: synced_notebook(path.read_text(), address) for path in notebooks(root)}
-    for name, synced in (("README.md", synced_readme), ("CITATION.cff", synced_citation)):
+    others = {"README.md": synced_readme, "CITATION.cff": synced_citation, "pyproject.toml": synced_project}
+    for name, synced in others.items():
         if (root / name).exists():
             wanted[root / name] = synced((root / name).read_text(), address)
     return {path: text for path, text in wanted.items() if path.read_text() != text}

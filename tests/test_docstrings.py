@@ -27,6 +27,7 @@ PACKAGES = {"isopo_mini.engine", "isopo_mini.rules"}
 # What other modules are made of: of use to whoever changes them, not to whoever calls them.
 INTERNAL = {
     "isopo_mini.checks",
+    "isopo_mini.engine.across_ranks",
     "isopo_mini.engine.handlers",
     "isopo_mini.engine.in_place",
     "isopo_mini.engine.isopo",

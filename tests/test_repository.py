@@ -19,7 +19,7 @@ THIS_FILE = Path(__file__).resolve().relative_to(ROOT).as_posix()
 
 # Files that may name the project's public address: the one that states it, and those sync_address.py writes.
 ADDRESS_STATED = "_config.yml"
-ADDRESS_WRITTEN = re.compile(r"README\.md|CITATION\.cff|book/.*\.ipynb")
+ADDRESS_WRITTEN = re.compile(r"README\.md|CITATION\.cff|pyproject\.toml|book/.*\.ipynb")
 
 MACHINE_PATHS = re.compile(r"(?<![\w./:*-])/(?:home|root|Users|work|tmp|opt|mnt|srv)/[\w.-]|file://|[A-Z]:\\\\")
 INDEX_HOSTS = re.compile(r"pypi\.org|pythonhosted|index-url|find-links|download\.pytorch", re.IGNORECASE)

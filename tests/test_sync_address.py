@@ -76,7 +76,7 @@ def test_twice_is_once(fork: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert sync_address.main([], fork) == 0
         states.append(contents(fork))
     assert states[0] == states[1]
-    assert capsys.readouterr().out.count("written") == 3  # by the first time only
+    assert capsys.readouterr().out.count("written") == 4  # by the first time only
     assert sync_address.main(["--check"], fork) == 0
     assert b"github.com/me/fork" in states[0][fork / "book" / "index.ipynb"]
 

@@ -59,6 +59,11 @@ class Fallback:
             raise call.refused(" before any activation that carries the sequences")
         return call.lined_up() if call.name in ELEMENTWISE else call.one_by_one(plain)
 
+    def of_parameters_alone(self, function: Callable, *args: Any) -> Any:
+        """The function's result, where none of its arguments belongs to a sequence."""
+        call = Call(self.copies, function, args, {})
+        return call.from_parameters_alone(call.with_parameters())
+
     def copies(self, slot: Slot, sequences: int, use: str) -> Tensor:
         """One copy of a parameter a sequence, `(S, …)`."""
         needed = sequences * slot.parameter.numel() * slot.parameter.element_size()

@@ -5,7 +5,7 @@ Any other function goes to the fallback in `copies`. To save its copies, registe
 example, is a gain and a shift of the last axis once the channels are there:
 
     @engine.register(F.instance_norm)
-    def norm(input, mean, variance, weight, bias, *rest):
+    def norm(input, weight=None, bias=None, **rest):
         channels_last = F.instance_norm(input).transpose(1, 2)                                # (S, T, channels)
         return engine.scale_and_shift(channels_last, weight, bias).transpose(1, 2)
 """
@@ -34,9 +34,9 @@ def _embedding(
         return NotImplemented
     if padding_idx is not None and padding_idx < 0:
         padding_idx += shape_of(weight)[0]
-    if not _pairs_of_positions(input, weight):
-        return table_lookup(input, weight, padding_idx)
-    return NotImplemented  # a table of all pairs of positions, for one: computed from the parameter alone
+    if isinstance(weight, StandIn) and _pairs_of_positions(input, weight):
+        return weight.slot.layer.fallback.of_parameters_alone(F.embedding, input, weight, padding_idx)
+    return table_lookup(input, weight, padding_idx)
 
 
 @register(F.layer_norm)

@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from isopo_mini import checks
 from isopo_mini.engine import (  # noqa: F401  (importing registers them)
@@ -22,6 +23,7 @@ from isopo_mini.engine import (  # noqa: F401  (importing registers them)
     handlers,
     product_handlers,
 )
+from isopo_mini.engine.across_ranks import GatheredGradients, Ranks
 from isopo_mini.engine.fallback import MAX_BYTES, Fallback
 from isopo_mini.engine.layer_gradients import PATHS, LayerGradients, Resources
 from isopo_mini.engine.loss_scale import check_loss_scale, grad_scaler_noticed
@@ -44,16 +46,19 @@ class Isopo:
         sketch_size: k of the sketched Gram matrix.
         layers: `"separate"`: one set of coefficients a layer. `"together"`: one for the whole model, from the sum of
             all Gram matrices; backpropagation then holds every layer's factors until its end.
+        process_group: of `torch.distributed`, whose processes share Gram matrices: with R processes of s sequences each
+            takes the step of one process with R·s. Needs `gram="sketched"`; see `across_ranks`. None: each process has
+            its own Gram matrices.
         decay: of the moving averages.
-        seed: of the sketches and of the sampled tokens.
+        seed: of the sketches and of the sampled tokens; the same in all processes of the group.
         copy_bytes: where no handler covers what is done with a parameter, each sequence gets a copy of it, as long as
             the copies of one parameter take no more than this; 0 refuses such uses.
 
     Raises:
-        ValueError: an unknown option, or a model without trainable parameters.
+        ValueError: an unknown option, a process group with another `gram`, or a model without trainable parameters.
 
-    Under `DistributedDataParallel` give the inner module; each rank transforms its own microbatch, then gradients are
-    averaged over the ranks as always.
+    Under `DistributedDataParallel` give the inner module. Each rank transforms its own microbatch, or with a process
+    group all of them one; then gradients are averaged over the ranks as always: pass A/s, s the sequences of a process.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class Isopo:
         gram: str = "auto",
         sketch_size: int = 32,
         layers: str = "separate",
+        process_group: ProcessGroup | None = None,
         decay: float = 0.9,
         seed: int = 0,
         copy_bytes: int = MAX_BYTES,
@@ -72,11 +78,14 @@ class Isopo:
         checks.require_choice("gram", gram, PATHS)
         checks.require_choice("layers", layers, ("separate", "together"))
         checks.require_at_least("sketch_size", sketch_size, 1)
+        if process_group is not None and gram != "sketched":
+            raise ValueError(f"gram: expected 'sketched' with a process group, since sketches travel, got '{gram}'")
         self.model = model
         self.transform = transform
         self.gram = gram
         self.sketch_size = sketch_size
         self.layers = layers
+        self.ranks = None if process_group is None else Ranks(process_group)
         self._decay = decay
         self._seed = seed
         self._averages: dict[str, MovingAverages] = {}
@@ -125,16 +134,20 @@ class Isopo:
             checks.require_shape("mask", mask, "S T", sizes)
         check_loss_scale(loss_scale)
         advantages = advantages.detach()
-        packed = None if segments is None else _segments(segments, len(advantages))
+        packed = None if segments is None else Segments.checked(segments, len(advantages))
 
         resources = self._resources(mask, loss_scale)
+        ranks = self.ranks
+        all_advantages = advantages if ranks is None else ranks.all_advantages(advantages)
 
         def note_scaler(scale: Tensor) -> None:
             resources.loss_scale = loss_scale * scale
 
         def close_layer(name: str, uses: Uses) -> dict[str, Tensor]:
             gradients = LayerGradients(uses, resources)
-            coefficients = self.transform.coefficients(gradients, advantages, self.averages(name))
+            asked = gradients if ranks is None else GatheredGradients(gradients, ranks)
+            coefficients = self.transform.coefficients(asked, all_advantages, self.averages(name))
+            coefficients = coefficients if ranks is None else ranks.own(coefficients)
             microbatch.coefficients[name] = coefficients
             return gradients.combine(coefficients)
 
@@ -206,20 +219,6 @@ class Isopo:
             return self._generators[device]
 
         return Resources(self.gram, self.sketch_size, self._workspace, generator_of, mask, loss_scale)
-
-
-def _segments(index: Tensor, num_sequences: int) -> Segments:
-    """The sequence of every token, checked."""
-    if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.ndim == 0:
-        came = f"{index.dtype} of shape {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
-        raise ValueError(f"segments: expected an int64 tensor with the shape of the tokens, got {came}")
-    if index.numel() == 0 or int(index.max()) >= num_sequences or not bool((index >= 0).any()):
-        raise ValueError(f"segments: expected sequences from 0 to {num_sequences - 1}, got {_range(index)}")
-    return Segments(index.flatten(), num_sequences, index.shape)
-
-
-def _range(index: Tensor) -> str:
-    return f"{int(index.min())} to {int(index.max())}" if index.numel() else "no tokens"
 
 
 def gram_matrices(

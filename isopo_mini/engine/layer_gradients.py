@@ -9,6 +9,7 @@ and what leaves is not: it is on its way to whoever scaled the loss.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -90,6 +91,27 @@ class Resources:
         return self._tokens[key][:, 0], self._tokens[key][:, 1]
 
 
+@runtime_checkable
+class LayerGeometry(Protocol):
+    """What a transform may ask of a layer: inner products of the gradients of its sequences."""
+
+    def gram(self) -> Float[Tensor, "S S"]:
+        """K_ss' = ⟨G_s, G_s'⟩, summed over the parameters of the layer."""
+        ...
+
+    def few_columns(self) -> Float[Tensor, "S P"] | None:
+        """G, one row a sequence, where GᵀG is cheaper than K; else None."""
+        ...
+
+    def norms(self) -> Float[Tensor, "S"]:
+        """‖G_s‖, the Euclidean norm."""
+        ...
+
+    def token_overlaps(self, count: int) -> tuple[Float[Tensor, "S N"], Float[Tensor, "N"]]:
+        """⟨G_s, g_n⟩ and ‖g_n‖ for `count` random tokens n."""
+        ...
+
+
 @dataclass
 class LayerGradients:
     """The per-sequence gradients of a layer: those of its parameters, side by side.
@@ -129,7 +151,7 @@ class LayerGradients:
         resources = self.resources
         resources.workspace.start_layer()
         if resources.path == "sketched":
-            return self._sketched_gram()
+            return sum_of([grams.inner_products(part) for part in self.sketched_parts()])
         matrices = [part for part in self.parameters.values() if isinstance(part, MatrixGradients)]
         vectors = [part for part in self.parameters.values() if isinstance(part, VectorGradients)]
         parts = []
@@ -140,8 +162,12 @@ class LayerGradients:
             parts.append(matrix.gram(path, resources.workspace, bias=bool(biases)))
         return sum_of(parts + [vector.gram() for vector in vectors])
 
-    def _sketched_gram(self) -> Float[Tensor, "S S"]:
-        """K̂ of the layer. A bias is one more column of its weight, so it goes through the same projections."""
+    def sketched_parts(self) -> list[Float[Tensor, "S ..."]]:
+        """Ĝ_s in pieces whose inner products add up to K̂, as the gradients came (not unscaled).
+
+        A bias is one more column of its weight, so it goes through the same projections. What is short on both sides
+        is what it is.
+        """
         matrices = [part for part in self.parameters.values() if isinstance(part, MatrixGradients)]
         vectors = [part for part in self.parameters.values() if isinstance(part, VectorGradients)]
         parts = []
@@ -149,7 +175,7 @@ class LayerGradients:
             like = matrix.rights[0]
             sketch = self.resources.sketch(matrix.rows, matrix.columns, like)
             if sketch.left is None and sketch.right is None:  # short on both sides: nothing to gain
-                parts.append(matrix.gram("dense", self.resources.workspace))
+                parts.append(matrix.form(self.resources.workspace))
                 continue
             sketched = matrix.sketched(sketch)  # (S, k, l)
             for bias in [vector for vector in vectors if vector.form().shape[1] == matrix.rows]:
@@ -160,8 +186,8 @@ class LayerGradients:
                 else:
                     entries = self.resources.projection("bias", 1, like)[:, 0]  # Q's column for the constant input
                     sketched = torch.addcmul(sketched, column[:, :, None], entries)
-            parts.append(grams.inner_products(sketched))
-        return sum_of(parts + [vector.gram() for vector in vectors])
+            parts.append(sketched)
+        return parts + [vector.form() for vector in vectors]
 
     def norms(self) -> Float[Tensor, "S"]:
         """‖G_s‖, the Euclidean norm."""

@@ -46,6 +46,22 @@ class Segments:
         self.shape = tuple(index.shape if shape is None else shape)
         self._destination: tuple[Tensor, Tensor, int] | None = None
 
+    @classmethod
+    def checked(cls, index: Tensor, num_sequences: int) -> "Segments":
+        """Those that a caller gives, `(R, T)` or `(N,)`.
+
+        Raises:
+            ValueError: not integers, a sequence that there is none of, or none at all.
+        """
+        if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.ndim == 0:
+            came = f"{index.dtype} of shape {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
+            raise ValueError(f"segments: expected an int64 tensor with the shape of the tokens, got {came}")
+        smallest, largest = (int(index.min()), int(index.max())) if index.numel() else (-1, -1)
+        if not 0 <= largest < num_sequences:
+            came = f"{smallest} to {largest}" if index.numel() else "no tokens"
+            raise ValueError(f"segments: expected sequences from 0 to {num_sequences - 1}, got {came}")
+        return cls(index.flatten(), num_sequences, index.shape)
+
     def are_rows_of(self, tensor: Tensor) -> bool:
         """Are the first axes of a tensor those of the rows?"""
         return tuple(tensor.shape[: len(self.shape)]) == self.shape

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from isopo_mini import checks
-from isopo_mini.engine.layer_gradients import LayerGradients
+from isopo_mini.engine.layer_gradients import LayerGeometry
 from isopo_mini.geometry import isopo
 from isopo_mini.precision import at_least_float32
 
@@ -78,7 +78,7 @@ class Transform(Protocol):
     """Turns the advantages of a microbatch into one layer's coefficients."""
 
     def coefficients(
-        self, layer: LayerGradients, advantages: Float[Tensor, "S"], averages: MovingAverages
+        self, layer: LayerGeometry, advantages: Float[Tensor, "S"], averages: MovingAverages
     ) -> Float[Tensor, "S"]:
         """c, with which the layer's gradient becomes Σ_s c_s G_s."""
         ...
@@ -110,7 +110,7 @@ class NTK:
         checks.require_choice("scale", self.scale, isopo.NTK_SCALES)
 
     def coefficients(
-        self, layer: LayerGradients, advantages: Float[Tensor, "S"], averages: MovingAverages
+        self, layer: LayerGeometry, advantages: Float[Tensor, "S"], averages: MovingAverages
     ) -> Float[Tensor, "S"]:
         """See the class."""
         columns = layer.few_columns()
@@ -147,7 +147,7 @@ class LayerScaled:
     """
 
     def coefficients(
-        self, layer: LayerGradients, advantages: Float[Tensor, "S"], averages: MovingAverages
+        self, layer: LayerGeometry, advantages: Float[Tensor, "S"], averages: MovingAverages
     ) -> Float[Tensor, "S"]:
         """See the class."""
         squares = layer.norms().double().square()
@@ -194,7 +194,7 @@ class FisherNormalized:
         checks.require_at_least("tokens", self.tokens, 1)
 
     def coefficients(
-        self, layer: LayerGradients, advantages: Float[Tensor, "S"], averages: MovingAverages
+        self, layer: LayerGeometry, advantages: Float[Tensor, "S"], averages: MovingAverages
     ) -> Float[Tensor, "S"]:
         """See the class."""
         overlaps = self._fisher_norms(layer)
@@ -215,7 +215,7 @@ class FisherNormalized:
             coefficients = LayerScaled().coefficients(layer, coefficients, averages)
         return coefficients
 
-    def _fisher_norms(self, layer: LayerGradients) -> Float[Tensor, "S"]:
+    def _fisher_norms(self, layer: LayerGeometry) -> Float[Tensor, "S"]:
         if self.norm == "sequence":
             columns = layer.few_columns()
             if columns is not None:

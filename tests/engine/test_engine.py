@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from isopo_mini.engine import NTK, FisherNormalized, Isopo
+from isopo_mini.engine import NTK, FisherNormalized, Isopo, layer_names
 from isopo_mini.policies.transformer import CausalTransformer
 
 SEQUENCES, POSITIONS, WIDTH, WORDS = 5, 4, 6, 7
@@ -206,12 +206,12 @@ def token_gradients(model: nn.Module, inputs: Tensor, directions: Tensor) -> dic
 @pytest.mark.parametrize("model_name", MODELS)
 def test_exact_against_the_dense_reference(model_name: str, transform: str, path: str) -> None:
     model, inputs, directions, advantages = make(model_name)
-    engine = Isopo(model, TRANSFORMS[transform], gram=path)
-    with engine.microbatch(advantages):
+    isopo = Isopo(model, TRANSFORMS[transform], gram=path)
+    with isopo.microbatch(advantages):
         (model(inputs) * directions).sum().backward()
     gradients = reference_gradients(model, inputs, directions)
     of_tokens = token_gradients(model, inputs, directions)
-    layer_of = engine.layer_names(model)
+    layer_of = layer_names(model)
     parameters = dict(model.named_parameters())
     for layer in set(layer_of.values()):
         names = [name for name, parameter in parameters.items() if layer_of[parameter] == layer]

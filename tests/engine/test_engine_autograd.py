@@ -44,9 +44,9 @@ def gradients(policy: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in policy.named_parameters() if parameter.grad is not None}
 
 
-def isopo_gradients(policy: nn.Module, engine: Isopo, tokens: Tensor, advantages: Tensor) -> dict[str, Tensor]:
+def isopo_gradients(policy: nn.Module, isopo: Isopo, tokens: Tensor, advantages: Tensor) -> dict[str, Tensor]:
     policy.zero_grad()
-    with engine.microbatch(advantages):
+    with isopo.microbatch(advantages):
         log_prob(policy, tokens).sum().backward()
     return gradients(policy)
 
@@ -71,18 +71,18 @@ def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor], tolerance:
 def test_large_damping_is_reinforce(gram: str) -> None:
     policy = make_policy(tied_head=True)
     tokens, advantages = make_data()
-    engine = Isopo(policy, NTK(1e8), gram=gram, sketch_size=4)
+    isopo = Isopo(policy, NTK(1e8), gram=gram, sketch_size=4)
     assert_equal(
-        isopo_gradients(policy, engine, tokens, advantages), reinforce_gradients(policy, tokens, advantages), 1e-6
+        isopo_gradients(policy, isopo, tokens, advantages), reinforce_gradients(policy, tokens, advantages), 1e-6
     )
 
 
 def test_large_damping_is_reinforce_in_single_precision() -> None:
     policy = make_policy(torch.float32)
     tokens, advantages = make_data(torch.float32)
-    engine = Isopo(policy, NTK(1e8))
+    isopo = Isopo(policy, NTK(1e8))
     assert_equal(
-        isopo_gradients(policy, engine, tokens, advantages), reinforce_gradients(policy, tokens, advantages), 1e-6
+        isopo_gradients(policy, isopo, tokens, advantages), reinforce_gradients(policy, tokens, advantages), 1e-6
     )
 
 
@@ -116,8 +116,8 @@ def test_the_order_of_sequences_does_not_matter(transform: Any, gram: str) -> No
     order = torch.randperm(SEQUENCES)
 
     def result(tokens: Tensor, advantages: Tensor) -> dict[str, Tensor]:
-        engine = Isopo(policy, transform, gram=gram, sketch_size=4, seed=3)  # the same sketch both times
-        return isopo_gradients(policy, engine, tokens, advantages)
+        isopo = Isopo(policy, transform, gram=gram, sketch_size=4, seed=3)  # the same sketch both times
+        return isopo_gradients(policy, isopo, tokens, advantages)
 
     assert_equal(result(tokens[order], advantages[order]), result(tokens, advantages), 1e-12)
 
@@ -134,8 +134,8 @@ def test_padding_does_not_matter(transform: Any, gram: str) -> None:
         mask = torch.zeros(SEQUENCES, tokens.shape[1] - 1, dtype=torch.bool)
         mask[:, : POSITIONS - 1] = True
         policy.zero_grad()
-        engine = Isopo(policy, transform, gram=gram, sketch_size=4, seed=3)
-        with engine.microbatch(advantages, mask):
+        isopo = Isopo(policy, transform, gram=gram, sketch_size=4, seed=3)
+        with isopo.microbatch(advantages, mask):
             log_probs = policy(tokens[:, :-1]).log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
             log_probs.masked_fill(~mask, 0.0).sum().backward()
         return gradients(policy)
@@ -165,10 +165,10 @@ def test_gradient_accumulation_over_microbatches(transform: Any) -> None:
     halves = [(tokens[:3], advantages[:3]), (tokens[3:], advantages[3:])]
 
     def accumulated(parts: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        engine = Isopo(policy, transform)
+        isopo = Isopo(policy, transform)
         policy.zero_grad()
         for part, part_advantages in parts:
-            with engine.microbatch(part_advantages):
+            with isopo.microbatch(part_advantages):
                 log_prob(policy, part).sum().backward()
         return gradients(policy)
 
@@ -185,7 +185,7 @@ def test_gradient_accumulation_over_microbatches(transform: Any) -> None:
 def test_the_averages_move_between_steps_and_not_within() -> None:
     policy = make_policy()
     tokens, advantages = make_data()
-    engine = Isopo(policy, NTK(0.3), decay=0.9)
+    isopo = Isopo(policy, NTK(0.3), decay=0.9)
     layer = next(iter(engine.layer_names(policy).values()))
 
     def eigenvalue(batch: Tensor) -> Tensor:
@@ -194,19 +194,19 @@ def test_the_averages_move_between_steps_and_not_within() -> None:
 
     first, second = eigenvalue(tokens[:3]), eigenvalue(tokens[3:])
     for part in (slice(0, 3), slice(3, 6)):
-        isopo_gradients(policy, engine, tokens[part], advantages[part])
-    assert engine.state_dict() == {}
-    engine.end_step()
+        isopo_gradients(policy, isopo, tokens[part], advantages[part])
+    assert isopo.state_dict() == {}
+    isopo.end_step()
     mean = (first + second) / 2
-    torch.testing.assert_close(engine.state_dict()[f"{layer}/eigenvalue"], mean)
-    isopo_gradients(policy, engine, tokens[:3], advantages[:3])
-    engine.end_step()
-    torch.testing.assert_close(engine.state_dict()[f"{layer}/eigenvalue"], 0.9 * mean + 0.1 * first)
+    torch.testing.assert_close(isopo.state_dict()[f"{layer}/eigenvalue"], mean)
+    isopo_gradients(policy, isopo, tokens[:3], advantages[:3])
+    isopo.end_step()
+    torch.testing.assert_close(isopo.state_dict()[f"{layer}/eigenvalue"], 0.9 * mean + 0.1 * first)
     # Saved and loaded, the next step is the same.
     copy = Isopo(policy, NTK(0.3), decay=0.9)
-    copy.load_state_dict(engine.state_dict())
+    copy.load_state_dict(isopo.state_dict())
     result = isopo_gradients(policy, copy, tokens, advantages)
-    assert_equal(result, isopo_gradients(policy, engine, tokens, advantages), 0.0)
+    assert_equal(result, isopo_gradients(policy, isopo, tokens, advantages), 0.0)
 
 
 @BOTH
@@ -406,7 +406,7 @@ def test_a_registered_handler_is_used() -> None:
         objective(inputs).backward()
 
     @engine.register(F.instance_norm)
-    def norm(input: Tensor, mean: None, variance: None, weight: Tensor, bias: Tensor, *rest: Any) -> Tensor:
+    def norm(input: Tensor, weight: Tensor, bias: Tensor, **rest: Any) -> Tensor:
         channels_last = F.instance_norm(input).transpose(1, 2)  # (S, T, channels)
         return engine.scale_and_shift(channels_last, weight, bias).transpose(1, 2)
 
@@ -437,21 +437,21 @@ def test_errors_say_what_was_expected_and_what_came() -> None:
         Isopo(model, NTK(1.0), layers="all")
     with pytest.raises(ValueError, match=r"decay: expected a number in \[0, 1\), got 1.0"):
         Isopo(model, NTK(1.0), decay=1.0).averages("layer")
-    engine = Isopo(model, NTK(1.0))
+    isopo = Isopo(model, NTK(1.0))
     with (
         pytest.raises(ValueError, match=r"first axis is the S=2 sequences, got shape \(5, 3\)"),
-        engine.microbatch(torch.ones(2)),
+        isopo.microbatch(torch.ones(2)),
     ):
         model(torch.randn(5, 3))
     with pytest.raises(ValueError, match=r"advantages: expected finite numbers, got inf at index \(1,\)"):
-        engine.microbatch(torch.tensor([1.0, float("inf")])).__enter__()
+        isopo.microbatch(torch.tensor([1.0, float("inf")])).__enter__()
     with pytest.raises(ValueError, match=r"advantages: expected at least one entry"):
-        engine.microbatch(torch.ones(0)).__enter__()
+        isopo.microbatch(torch.ones(0)).__enter__()
     with (
         pytest.raises(RuntimeError, match=r"expected no other open microbatch of this model"),
-        engine.microbatch(torch.ones(2)),
+        isopo.microbatch(torch.ones(2)),
     ):
-        engine.microbatch(torch.ones(2)).__enter__()
+        isopo.microbatch(torch.ones(2)).__enter__()
     assert "weight" not in model.__dict__  # closed again after each of these
     model.requires_grad_(False)
     with pytest.raises(ValueError, match=r"model: expected at least one trainable parameter, got none"):

@@ -68,7 +68,7 @@ def test_outputs_may_be_changed_in_place(layer: str, change: str) -> None:
     for in_place in (False, True):
         torch.manual_seed(3)
         models.append(Changing(LAYERS[layer](), change, in_place).double())
-    grams = [layerwise.gram_matrices(model, lambda m=model: score(m(inputs))) for model in models]
+    grams = [engine.gram_matrices(model, lambda m=model: score(m(inputs))) for model in models]
     gradients = [engine_gradients(model, lambda m=model: score(m(inputs))) for model in models]
     assert_exact(gradients[1], gradients[0])
     assert_exact(gradients[1], autograd_gradients(models[0], lambda: score(models[0](inputs))))

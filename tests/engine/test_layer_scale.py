@@ -102,11 +102,11 @@ def make_batch(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return tokens, actions, torch.randn(S, generator=generator, dtype=torch.float64)
 
 
-def step_gradients(model: nn.Module, engine: Isopo, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+def step_gradients(model: nn.Module, isopo: Isopo, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
     """c of every layer; the step is left in `.grad`."""
     tokens, actions, advantages = batch
     model.zero_grad()
-    with engine.microbatch(advantages) as microbatch:
+    with isopo.microbatch(advantages) as microbatch:
         log_probs = at_least_float32(model(tokens)).log_softmax(-1)
         log_probs.gather(-1, actions[..., None]).sum().backward()
     return microbatch.coefficients
@@ -259,12 +259,12 @@ def rms(values: Tensor) -> Tensor:
 def test_fisher_normalised_in_every_scale(scale: str, strength: float, keep_small: bool) -> None:
     """A/o; A·rms(o)/o; A·rms(o)/o over tr K/S: with averages over the steps, but for rms(o), which is the batch's."""
     model = make()
-    engine = Isopo(model, FisherNormalized(strength=strength, keep_small=keep_small, scale=scale), decay=DECAY)
+    isopo = Isopo(model, FisherNormalized(strength=strength, keep_small=keep_small, scale=scale), decay=DECAY)
     averages: dict[str, tuple[Tensor, Tensor]] = {}
     for seed in (1, 2):  # the second step knows the first
         batch = make_batch(seed)
-        coefficients = step_gradients(model, engine, batch)
-        engine.end_step()
+        coefficients = step_gradients(model, isopo, batch)
+        isopo.end_step()
         for name, scores in scores_by_layer(model, batch).items():
             gram = scores @ scores.T
             overlaps = gram.square().mean(dim=1).sqrt()
@@ -285,12 +285,12 @@ def test_fisher_normalised_in_every_scale(scale: str, strength: float, keep_smal
 @pytest.mark.parametrize("transform", [NTK(0.7, "natural"), LayerScaled()], ids=["NTK", "layer scaled"])
 def test_the_second_step_uses_the_average_of_the_mean_eigenvalue(transform: Any) -> None:
     model = make()
-    engine = Isopo(model, transform, decay=DECAY)
+    isopo = Isopo(model, transform, decay=DECAY)
     averages: dict[str, Tensor] = {}
     for seed in (1, 2):
         batch = make_batch(seed)
-        coefficients = step_gradients(model, engine, batch)
-        engine.end_step()
+        coefficients = step_gradients(model, isopo, batch)
+        isopo.end_step()
         for name, scores in scores_by_layer(model, batch).items():
             gram = scores @ scores.T
             own = gram.trace() / S
@@ -332,10 +332,10 @@ class WithDeadLayer(nn.Module):
 def test_a_layer_without_gradient_gets_the_coefficient_zero(transform: Any) -> None:
     """Its scale is 0, and 0/0 is not a number; and nothing of it is left in the averages of later steps."""
     model = make(WithDeadLayer)
-    engine = Isopo(model, transform)
+    isopo = Isopo(model, transform)
     for _ in range(2):
-        coefficients = step_gradients(model, engine, make_batch())
-        engine.end_step()
+        coefficients = step_gradients(model, isopo, make_batch())
+        isopo.end_step()
         assert torch.equal(coefficients["dead"], torch.zeros(S, dtype=torch.float64))
         found = gradients_by_layer(model)
         assert torch.equal(found["dead"], torch.zeros_like(found["dead"]))

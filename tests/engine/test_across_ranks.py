@@ -1,0 +1,171 @@
+"""Two processes with half of the sequences each take the step of one process with all of them."""
+
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from isopo_mini.engine import NTK, FisherNormalized, Isopo, LayerScaled, Transform
+from isopo_mini.policies import CausalTransformer
+
+RANKS, SEQUENCES, POSITIONS, VOCABULARY = 2, 6, 5, 9
+K = 4  # of the sketches, smaller than both sides of most weights
+TRANSFORMS: list[Transform] = [NTK(0.3), NTK(0.3, scale="natural"), FisherNormalized(), LayerScaled()]
+
+
+def make_policy() -> nn.Module:
+    torch.manual_seed(0)
+    return CausalTransformer(VOCABULARY, POSITIONS, width=8, layers=2, heads=2).double()
+
+
+def make_data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(VOCABULARY, (SEQUENCES, POSITIONS), generator=generator)
+    return tokens, torch.randn(SEQUENCES, generator=generator).double()
+
+
+def log_prob(policy: nn.Module, tokens: Tensor) -> Tensor:
+    log_probs = policy(tokens[:, :-1]).log_softmax(-1)
+    return log_probs.gather(-1, tokens[:, 1:, None])[..., 0].sum(dim=1)
+
+
+def two_steps(policy: nn.Module, isopo: Isopo, tokens: Tensor, advantages: Tensor) -> list[dict[str, Tensor]]:
+    """Gradients of two steps: in the second, the moving averages have a past."""
+    found = []
+    for factor in (1.0, -0.5):
+        policy.zero_grad()
+        with isopo.microbatch(factor * advantages):
+            log_prob(policy, tokens).sum().backward()
+        isopo.end_step()
+        found.append(
+            {n.removeprefix("module."): p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+        )
+    return found
+
+
+def join(rank: int, port: int, seconds: float = 60.0) -> None:
+    """This process becomes one of two."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS, timeout=timedelta(seconds=seconds))
+
+
+def spawn(worker: Callable[..., None], *arguments: Any) -> None:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = int(found.getsockname()[1])
+    mp.spawn(worker, args=(port, *arguments), nprocs=RANKS)
+
+
+def half_of_the_sequences(rank: int, port: int, folder: str) -> None:
+    join(rank, port)
+    tokens, advantages = (values.chunk(RANKS)[rank] for values in make_data())
+    results, received = [], []
+    for transform in TRANSFORMS:
+        policy = make_policy()
+        parallel = nn.parallel.DistributedDataParallel(policy)
+        isopo = Isopo(policy, transform, gram="sketched", sketch_size=K, process_group=dist.group.WORLD)
+        results.append(two_steps(parallel, isopo, tokens, advantages / len(tokens)))
+        assert isopo.ranks is not None
+        received.append(torch.tensor(isopo.ranks.received))
+    torch.save((results, received), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the two processes left."""
+    made = tmp_path_factory.mktemp("ranks")
+    spawn(half_of_the_sequences, str(made))
+    return made
+
+
+def test_the_step_is_that_of_one_process_with_all_sequences(folder: Path) -> None:
+    tokens, advantages = make_data()
+    for number, transform in enumerate(TRANSFORMS):
+        policy = make_policy()
+        isopo = Isopo(policy, transform, gram="sketched", sketch_size=K)
+        whole = two_steps(policy, isopo, tokens, advantages / SEQUENCES)
+        own = [two_steps(policy, Isopo(policy, transform), part, a / 3) for part, a in halves(tokens, advantages)]
+        for rank in range(RANKS):
+            results, _ = torch.load(folder / f"{rank}.pt", weights_only=True)
+            for step in range(2):
+                for name, gradient in whole[step].items():
+                    torch.testing.assert_close(results[number][step][name], gradient, rtol=1e-9, atol=1e-12)
+        # Without the shared Gram matrix the step is another one, so the comparison above can fail.
+        mean = (own[0][0]["head.weight"] + own[1][0]["head.weight"]) / RANKS
+        assert (mean - whole[0]["head.weight"]).norm() > 0.01 * mean.norm()
+
+
+def halves(tokens: Tensor, advantages: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(tokens.chunk(RANKS), advantages.chunk(RANKS), strict=True))
+
+
+def test_what_travels_is_as_large_as_the_sketches(folder: Path) -> None:
+    """k² numbers a sequence and weight matrix at most (k more with a bias), however large the weights are."""
+    for rank in range(RANKS):
+        _, received = torch.load(folder / f"{rank}.pt", weights_only=True)
+        policy = make_policy()
+        matrices = [p for p in policy.parameters() if p.dim() == 2]
+        vectors = sum(p.numel() for p in policy.parameters() if p.dim() == 1)
+        at_most = (SEQUENCES // RANKS) * (len(matrices) * K * (K + 1) + vectors) * 8
+        steps, counts = 2, SEQUENCES // RANKS * 8 + 8  # the advantages, and how many there are
+        assert 0 < received[0] <= steps * (at_most + counts)
+
+
+def one_sequence_more(rank: int, port: int) -> None:
+    join(rank, port)
+    tokens, advantages = make_data()
+    isopo = Isopo(make_policy(), NTK(0.3), gram="sketched", process_group=dist.group.WORLD)
+    with pytest.raises(ValueError, match=r"expected as many sequences in every process of the group, got \[2, 3\]"):
+        two_steps(isopo.model, isopo, tokens[: 2 + rank], advantages[: 2 + rank])
+    dist.destroy_process_group()
+
+
+def test_every_process_needs_as_many_sequences() -> None:
+    spawn(one_sequence_more)
+
+
+class OutOfMemory(RuntimeError):
+    pass
+
+
+def one_dies(rank: int, port: int) -> None:
+    join(rank, port, seconds=5.0)
+    tokens, advantages = (values.chunk(RANKS)[rank] for values in make_data())
+    policy = make_policy()
+    isopo = Isopo(policy, NTK(0.3), gram="sketched", process_group=dist.group.WORLD)
+    with isopo.microbatch(advantages):
+        total = log_prob(policy, tokens).sum()
+        if rank == 1:
+            raise OutOfMemory("of this process")
+        total.backward()
+
+
+def test_a_process_that_dies_ends_all(capfd: pytest.CaptureFixture[str]) -> None:
+    """None waits longer than the timeout of its group."""
+    with pytest.raises(mp.ProcessRaisedException):
+        spawn(one_dies)
+    capfd.readouterr()
+
+
+def test_sketches_travel_and_nothing_else_does(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "meeting"), 1), rank=0, world_size=1)
+    try:
+        policy, group = make_policy(), dist.group.WORLD
+        for gram in ("auto", "dense", "ghost"):
+            with pytest.raises(ValueError, match=f"gram: expected 'sketched' with a process group.*got '{gram}'"):
+                Isopo(policy, NTK(), gram=gram, process_group=group)
+        isopo = Isopo(policy, FisherNormalized("token"), gram="sketched", process_group=group)
+        with pytest.raises(ValueError, match="norm: expected 'sequence' where Gram matrices are shared"):
+            two_steps(policy, isopo, *make_data())
+    finally:
+        dist.destroy_process_group()
