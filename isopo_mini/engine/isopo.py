@@ -39,10 +39,13 @@ class Isopo:
     """Replaces, layer by layer, Σ_s G_s by Σ_s c_s G_s inside the backward pass.
 
     Args:
-        model: any module whose layers keep the sequence axis first: inputs `(S, …, features)`.
+        model: any module whose layers keep the sequence axis first, inputs `(S, …, features)`, or flatten it in ways that
+            can be followed; see `segments`.
         transform: `NTK(…)`, `FisherNormalized(…)` or `LayerScaled()`.
-        gram: how the Gram matrix of a weight is made: `"dense"`, `"ghost"`, `"auto"` (whichever of the two costs fewer
-            multiplications) or `"sketched"`.
+        gram: how the Gram matrix of a weight is made: `"dense"`, `"ghost"`, `"auto"` (whichever of the two takes less
+            time, by the multiplications and the memory it goes through) or `"sketched"`.
+        gram_bytes: with `"auto"`, what all the G_s of a weight may take together; where they would take more, the path
+            is `"ghost"`. None: as much as they need.
         sketch_size: k of the sketched Gram matrix.
         layers: `"separate"`: one set of coefficients a layer. `"together"`: one for the whole model, from the sum of
             all Gram matrices; backpropagation then holds every layer's factors until its end.
@@ -67,6 +70,7 @@ class Isopo:
         transform: Transform,
         *,
         gram: str = "auto",
+        gram_bytes: int | None = None,
         sketch_size: int = 32,
         layers: str = "separate",
         process_group: ProcessGroup | None = None,
@@ -82,7 +86,10 @@ class Isopo:
             raise ValueError(f"gram: expected 'sketched' with a process group, since sketches travel, got '{gram}'")
         self.model = model
         self.transform = transform
+        if gram_bytes is not None:
+            checks.require_at_least("gram_bytes", gram_bytes, 0)
         self.gram = gram
+        self.gram_bytes = gram_bytes
         self.sketch_size = sketch_size
         self.layers = layers
         self.ranks = None if process_group is None else Ranks(process_group)
@@ -218,7 +225,7 @@ class Isopo:
                 self._generators[device] = torch.Generator(device).manual_seed(self._seed)
             return self._generators[device]
 
-        return Resources(self.gram, self.sketch_size, self._workspace, generator_of, mask, loss_scale)
+        return Resources(self.gram, self.sketch_size, self._workspace, generator_of, mask, loss_scale, self.gram_bytes)
 
 
 def gram_matrices(
