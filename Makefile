@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help book test portable changed margins lab serve draft lint format lock clean
+.PHONY: help book test models portable changed margins lab serve draft lint format lock clean
 
 help:  ## List these commands
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{ printf "make %-8s %s\n", $$1, $$2 }'
@@ -29,6 +29,20 @@ book: $(INSTALLED)  ## Execute every chapter and write _build/html/index.html; a
 test: $(INSTALLED)  ## Run all tests
 	@echo "Running the tests"
 	$(BIN)/python -m pytest
+
+# Its own environment: what it tests with is large, and nothing else needs it.
+MODELS := .venv-models
+
+$(MODELS)/.installed: requirements.txt pyproject.toml
+	@echo "Making $(MODELS) (about two minutes the first time)"
+	$(PYTHON) -m venv $(MODELS)
+	$(MODELS)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)" \
+		--editable ".[models]" pytest hypothesis beartype
+	@touch $@
+
+models: $(MODELS)/.installed  ## Test the engine on architectures of transformers and peft, in an environment of its own
+	@echo "Testing the engine on models that nobody here wrote"
+	$(MODELS)/bin/python -m pytest tests/models
 
 portable: $(INSTALLED)  ## Run every chapter as on other processors and with other seeds (about 45 minutes)
 	@echo "Running every chapter under every setting of scripts/execute_chapters.py; a failing claim does not stop it"

@@ -99,3 +99,19 @@ def _pairs_of_positions(indices: Tensor, table: Tensor) -> bool:
         along = torch.equal(indices[1:, 1:], indices[:-1, :-1])
         return along and not bool((indices == indices[0, 0]).all())
     return len(indices) not in (1, sequences)
+
+
+def _keep_if_unchanged(function: Any) -> None:
+    """`w.float()` of single precision is w itself, and so is its stand-in."""
+
+    def handler(input: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(input, StandIn):
+            return NotImplemented
+        values = input.slot.values
+        return input if function(values, *args, **kwargs) is values else NotImplemented
+
+    register(function)(handler)
+
+
+for _function in (Tensor.to, Tensor.float, Tensor.double, Tensor.type_as, Tensor.contiguous):
+    _keep_if_unchanged(_function)

@@ -39,8 +39,8 @@ class Isopo:
     """Replaces, layer by layer, Σ_s G_s by Σ_s c_s G_s inside the backward pass.
 
     Args:
-        model: any module whose layers keep the sequence axis first, inputs `(S, …, features)`, or flatten it in ways that
-            can be followed; see `segments`.
+        model: any module whose layers keep the sequence axis first, inputs `(S, …, features)`, or flatten it in a way
+            that can be followed; see `segments`.
         transform: `NTK(…)`, `FisherNormalized(…)` or `LayerScaled()`.
         gram: how the Gram matrix of a weight is made: `"dense"`, `"ghost"`, `"auto"` (whichever of the two takes less
             time, by the multiplications and the memory it goes through) or `"sketched"`.

@@ -182,6 +182,18 @@ def test_nothing_is_copied_where_a_handler_knows(recwarn: pytest.WarningsRecorde
     assert not recwarn.list
 
 
+def test_what_changes_nothing_needs_no_copies() -> None:
+    model = Own(lambda x, w: x * w.double().to(x.dtype).to(x).contiguous(), (WIDTH,)).double()
+    assert assert_per_sequence(model, lambda: score(model(X))).copied() == {}
+
+
+@quiet
+def test_a_change_of_precision_is_exact() -> None:
+    """The gain in single precision, the rest in double: what is rounded is the same both ways."""
+    model = Own(lambda x, w: x * w.float().double(), (WIDTH,)).double()
+    assert assert_per_sequence(model, lambda: score(model(X))).copied() == {"own.0": "float"}
+
+
 @quiet
 def test_verify_covers_copies() -> None:
     model = Own(lambda x, w: x * (1 + w), (WIDTH,)).double()

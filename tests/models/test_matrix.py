@@ -20,7 +20,7 @@ pytestmark = [
 
 # Whose parameters are used in ways that no handler covers; all others need no copies.
 COPIED = {
-    *("Helium", "Cohere", "Cohere2", "Gemma", "Gemma2", "Gemma3", "Nemotron"),  # gains by another formula
+    *("Gemma", "Gemma2", "Gemma3", "Nemotron"),  # gains 1 + w
     *("Mamba", "Mamba2", "RWKV"),  # the recurrence
     *("ViT", "T5", "Gemma2, LoRA"),  # a token in front of all, relative positions, a table that is a transpose
 }
