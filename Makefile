@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-TRL := .venv-trl
+MODELS := .venv-models
 
 .DEFAULT_GOAL := help
-.PHONY: help book test trl portable changed margins lab serve draft lint format lock clean
+.PHONY: help book test models portable changed margins lab serve draft lint format lock clean
 
 help:  ## List these commands
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{ printf "make %-8s %s\n", $$1, $$2 }'
@@ -31,16 +31,17 @@ test: $(INSTALLED)  ## Run all tests
 	@echo "Running the tests"
 	$(BIN)/python -m pytest
 
-# trl and what it needs stay out of the book's lock. torch is the lock's, so that a machine's CPU build is found.
-$(TRL)/.installed: requirements.txt pyproject.toml
-	@echo "Making $(TRL) with the newest trl that pyproject.toml allows (some minutes the first time)"
-	$(PYTHON) -m venv $(TRL)
-	$(TRL)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[trl]" \
-		"$$(grep ^torch== requirements.txt)" "pytest>=8" "hypothesis>=6.100" "beartype>=0.18"
+# Its own environment and lock: transformers, peft and trl are large, and nothing else needs them.
+$(MODELS)/.installed: requirements-models.txt pyproject.toml
+	@echo "Making $(MODELS) from requirements-models.txt (about two minutes the first time)"
+	$(PYTHON) -m venv $(MODELS)
+	$(MODELS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements-models.txt
+	$(MODELS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
-trl: $(TRL)/.installed  ## Run the tests of isopo_mini.integrations with trl, in an environment of its own
-	$(TRL)/bin/python -m pytest tests/integrations
+models: $(MODELS)/.installed  ## Test the engine on models of transformers and peft, and in trl
+	@echo "Testing the engine on models that nobody here wrote"
+	$(MODELS)/bin/python -m pytest tests/models tests/integrations
 
 portable: $(INSTALLED)  ## Run every chapter as on other processors and with other seeds (about 45 minutes)
 	@echo "Running every chapter under every setting of scripts/execute_chapters.py; a failing claim does not stop it"

@@ -10,13 +10,15 @@ The way of a gradient through this room:
 
 1. `stand_in`: while a microbatch is open, a stand-in takes the place of every trainable parameter (where: `places`);
 2. `layer_functions`: it sends each use (`F.linear`, `F.embedding`, …) to one of the `handlers`, which computes the same
-   forward and keeps the two factors of the weight's gradient in the backward pass instead of multiplying them;
+   forward and keeps the two factors of the weight's gradient in the backward pass instead of multiplying them; what no
+   handler covers goes to the `fallback`, where each sequence gets one of the `copies` of the parameter;
 3. `parameter_gradients`, `layer_gradients`: the gradients of each sequence, factored; the Gram matrix of a layer;
 4. `transforms`: from Gram matrix and advantages to the coefficients c, one a sequence;
 5. `microbatch`: when all uses of a layer were seen, Σ_s c_s G_s is handed to autograd, which adds it to `.grad`.
 
-`graph`, `in_place`, `loss_scale` and `sequence_axis` notice what would make the result wrong and name it;
-`verification` compares the whole with autograd, on your model.
+`segments` knows whose the rows of an input are where its first axis is not the sequences. `graph`, `in_place`,
+`loss_scale` and `sequence_axis` notice what would make the result wrong and name it; `verification` compares the whole
+with autograd, on your model.
 """
 
 from isopo_mini.engine.isopo import Isopo, gram_matrices

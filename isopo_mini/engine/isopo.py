@@ -12,19 +12,26 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from isopo_mini import checks
-from isopo_mini.engine import handlers  # noqa: F401  (importing registers them)
+from isopo_mini.engine import (  # noqa: F401  (importing registers them)
+    attention_handler,
+    convolution_handlers,
+    handlers,
+    product_handlers,
+)
 from isopo_mini.engine.across_ranks import GatheredGradients, Ranks
+from isopo_mini.engine.fallback import MAX_BYTES, Fallback
 from isopo_mini.engine.graph import REENTRANT_CHECKPOINT, nodes_of
 from isopo_mini.engine.layer_gradients import PATHS, LayerGradients, Resources
 from isopo_mini.engine.loss_scale import check_loss_scale, grad_scaler_noticed
 from isopo_mini.engine.microbatch import PAST_ITS_MODULE, LayerUses, Microbatch, Uses
 from isopo_mini.engine.parameter_gradients import Workspace
 from isopo_mini.engine.places import layer_names, stand_ins
+from isopo_mini.engine.segments import Segments
 from isopo_mini.engine.stand_in import PAST_PYTORCH, Tape, UnhandledParameterError
 from isopo_mini.engine.transforms import NTK, MovingAverages, Transform
 
@@ -33,10 +40,13 @@ class Isopo:
     """Replaces, layer by layer, Σ_s G_s by Σ_s c_s G_s inside the backward pass.
 
     Args:
-        model: any module whose layers keep the sequence axis first: inputs `(S, …, features)`.
+        model: any module whose layers keep the sequence axis first, inputs `(S, …, features)`, or flatten it in a way
+            that can be followed; see `segments`.
         transform: `NTK(…)`, `FisherNormalized(…)` or `LayerScaled()`.
-        gram: how the Gram matrix of a weight is made: `"dense"`, `"ghost"`, `"auto"` (whichever of the two costs fewer
-            multiplications) or `"sketched"`.
+        gram: how the Gram matrix of a weight is made: `"dense"`, `"ghost"`, `"auto"` (whichever of the two takes less
+            time, by the multiplications and the memory it goes through) or `"sketched"`.
+        gram_bytes: with `"auto"`, what all the G_s of a weight may take together; where they would take more, the path
+            is `"ghost"`. None: as much as they need.
         sketch_size: k of the sketched Gram matrix.
         layers: `"separate"`: one set of coefficients a layer. `"together"`: one for the whole model, from the sum of
             all Gram matrices; backpropagation then holds every layer's factors until its end.
@@ -45,6 +55,8 @@ class Isopo:
             its own Gram matrices.
         decay: of the moving averages.
         seed: of the sketches and of the sampled tokens; the same in all processes of the group.
+        copy_bytes: where no handler covers what is done with a parameter, each sequence gets a copy of it, as long as
+            the copies of one parameter take no more than this; 0 refuses such uses.
 
     Raises:
         ValueError: an unknown option, a process group with another `gram`, or a model without trainable parameters.
@@ -59,12 +71,15 @@ class Isopo:
         transform: Transform,
         *,
         gram: str = "auto",
+        gram_bytes: int | None = None,
         sketch_size: int = 32,
         layers: str = "separate",
         process_group: ProcessGroup | None = None,
         decay: float = 0.9,
         seed: int = 0,
+        copy_bytes: int = MAX_BYTES,
     ) -> None:
+        checks.require_at_least("copy_bytes", copy_bytes, 0)
         checks.require_choice("gram", gram, PATHS)
         checks.require_choice("layers", layers, ("separate", "together"))
         checks.require_at_least("sketch_size", sketch_size, 1)
@@ -72,7 +87,10 @@ class Isopo:
             raise ValueError(f"gram: expected 'sketched' with a process group, since sketches travel, got '{gram}'")
         self.model = model
         self.transform = transform
+        if gram_bytes is not None:
+            checks.require_at_least("gram_bytes", gram_bytes, 0)
         self.gram = gram
+        self.gram_bytes = gram_bytes
         self.sketch_size = sketch_size
         self.layers = layers
         self.ranks = None if process_group is None else Ranks(process_group)
@@ -81,6 +99,7 @@ class Isopo:
         self._averages: dict[str, MovingAverages] = {}
         self._generators: dict[torch.device, torch.Generator] = {}
         self._workspace = Workspace()
+        self._fallback = Fallback(copy_bytes)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("model: expected at least one trainable parameter, got none")
 
@@ -91,6 +110,7 @@ class Isopo:
         mask: Bool[Tensor, "S T"] | None = None,
         *,
         loss_scale: float | Float[Tensor, ""] = 1.0,
+        segments: Int[Tensor, "..."] | None = None,
     ) -> Iterator[Microbatch]:
         """Open a microbatch: run the forward and the backward pass inside the `with` block.
 
@@ -100,6 +120,9 @@ class Isopo:
         Args:
             advantages: A, one a sequence. The step is linear in them: pass A/S for a mean over sequences.
             mask: the positions that the token-sampled Fisher norm may draw; all positions when None.
+            segments: for packed sequences, several in a row: the sequence of every token, from 0 to S − 1 or negative
+                for padding that has no part in the loss. It has the shape of the tokens, `(1, N)` or `(R, T)`. No layer
+                may mix the sequences of a row; an attention is told their `position_ids`.
             loss_scale: s > 0, where s times that sum is differentiated. `.grad` is then s times the step. The engine
                 cannot see s; untold, it would make of a Fisher-normalised step, divided by s again, s⁻² times that
                 step. Do not count a `torch.amp.GradScaler`: its method `scale` is noticed inside the block.
@@ -122,6 +145,7 @@ class Isopo:
             checks.require_shape("mask", mask, "S T", sizes)
         check_loss_scale(loss_scale)
         advantages = advantages.detach()
+        packed = None if segments is None else Segments.checked(segments, len(advantages))
 
         resources = self._resources(mask, loss_scale)
         ranks = self.ranks
@@ -139,7 +163,9 @@ class Isopo:
             return gradients.combine(coefficients)
 
         of_layers: dict[str, Tensor] = {}
-        microbatch = Microbatch(self.model, self.layers, len(advantages), close_layer, of_layers)
+        microbatch = Microbatch(
+            self.model, self.layers, len(advantages), close_layer, of_layers, self._fallback, packed
+        )
         try:
             with grad_scaler_noticed(note_scaler), microbatch.opened():
                 yield microbatch
@@ -163,6 +189,10 @@ class Isopo:
             for name, value in averages.noted().items():
                 numbers.setdefault(name, {})[layer] = value
         return numbers
+
+    def copied(self) -> dict[str, str]:
+        """The parameters of which each sequence got a copy so far, with the function that no handler covered."""
+        return dict(self._fallback.used)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The moving averages, as `{"layer/name": value}`, ready for safetensors."""
@@ -202,7 +232,7 @@ class Isopo:
                 self._generators[device] = torch.Generator(device).manual_seed(self._seed)
             return self._generators[device]
 
-        return Resources(self.gram, self.sketch_size, self._workspace, generator_of, mask, loss_scale)
+        return Resources(self.gram, self.sketch_size, self._workspace, generator_of, mask, loss_scale, self.gram_bytes)
 
 
 def gram_matrices(
@@ -218,6 +248,9 @@ def gram_matrices(
         model: the policy.
         log_probs: computes the log-probabilities, first axis S; they are summed over everything.
 
+    Raises:
+        ValueError: the first axis of the log-probabilities is not that of the first layer's input.
+
     Returns:
         The Gram matrix of each layer that the log-probabilities depend on, by the layer's name.
 
@@ -229,11 +262,17 @@ def gram_matrices(
     layers: dict[str, LayerUses] = {}
 
     def make_layer(name: str) -> LayerUses:
-        layers[name] = LayerUses(tape=tape)
+        layers[name] = LayerUses(tape=tape, fallback=engine._fallback)
         return layers[name]
 
     with stand_ins(model, "separate", make_layer) as shadows:
-        total = log_probs().sum()
+        values = log_probs()
+        if values.ndim == 0 or tape.num_sequences not in (None, len(values)):
+            raise ValueError(
+                f"log_probs: expected a tensor whose first axis is the S={tape.num_sequences} sequences of the first "
+                f"layer's input, got shape {tuple(values.shape)}"
+            )
+        total = values.sum()
         if any(type(node).__name__ == REENTRANT_CHECKPOINT for node in nodes_of([total])):
             raise RuntimeError(
                 "log_probs: expected all of it in autograd's graph, got a checkpoint that is not until the backward "

@@ -1,79 +1,102 @@
-"""The three uses of a parameter, as autograd functions that keep the factors of its gradient.
+"""The uses of a parameter, as autograd functions that keep the factors of its gradient.
 
 Whatever a layer does with its parameters, it is one of three things: a matrix product, a table look-up, or an
-elementwise scale and shift. `handlers.py` writes PyTorch's functions in terms of these three.
+elementwise scale and shift. `handlers.py` writes PyTorch's functions in terms of these three. For the rest there is a
+copy for each sequence; see `copies.py`.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from isopo_mini.engine import reports
 from isopo_mini.engine.in_place import Unchanged, not_a_view, saved_tensors
+from isopo_mini.engine.reports import Use
+from isopo_mini.engine.segments import Segments, remember
 from isopo_mini.engine.sequence_axis import RowsOfSequences
 from isopo_mini.engine.stand_in import Slot, StandIn, Tape, slot_of
 
 
-def matrix_product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def matrix_product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
     """inputs Wᵀ + b, with inputs `(S, …, i)`. Weight and bias may be stand-ins or plain tensors.
 
     W is `(o, i)`; a weight with more axes, such as the kernel of a convolution, is read as `(o, everything else)`.
+    With `transposed` it is inputs W + b, and W is `(i, o)`.
     """
     slots = _slots(weight, bias)
-    for slot in slots:
-        if slot is not None:
-            slot.check_input(inputs, axes=2)
+    use = Use(slots, _segments(slots, inputs, [2, 2]), transposed)
+    matrix = _plain(weight).T if transposed else _plain(weight).flatten(1)
     if slots[0] is None and weight.requires_grad:  # a weight that was computed: its gradient is autograd's affair
-        return scale_and_shift(F.linear(inputs, weight.flatten(1)), None, bias)
+        return scale_and_shift(F.linear(inputs, matrix), None, bias)
     tape = _tape(slots)
     if tape is not None:
-        outputs = F.linear(inputs, _plain(weight).flatten(1), _plain(bias))
+        outputs = F.linear(inputs, matrix, _plain(bias))
         kept = inputs.detach().to(outputs.dtype)
-        report = partial(_report_matrix_product, slots, kept)
-        return tape.note(outputs, report if slots[0] is None else _if_unchanged(slots, kept, report))
-    return _MatrixProduct.apply(slots, inputs, _plain(weight).flatten(1), _plain(bias), *_gates(slots))
+        report = partial(reports.matrix_product, use, kept)
+        outputs = tape.note(outputs, report if slots[0] is None else _if_unchanged(use, kept, report))
+    else:
+        outputs = _MatrixProduct.apply(use, inputs, matrix, _plain(bias), *_gates(slots))
+    return remember(outputs, use.segments)
 
 
 def table_lookup(indices: Tensor, table: Tensor, padding_index: int | None = None) -> Tensor:
-    """Rows of the table, for indices `(S, …)`. The row `padding_index` gets no gradient."""
+    """Rows of the table, for indices `(S, …)`. The row `padding_index` gets no gradient.
+
+    Indices `(1, …)` are the same for all sequences and looked up for each, as positions are.
+    """
     slot = slot_of(table)
     if slot is None:
         return F.embedding(indices, table, padding_index)
-    slot.check_input(indices, axes=1)
+    sequences = slot.layer.num_sequences
+    if indices.ndim > 1 and len(indices) == 1 and sequences is not None and slot.layer.segments is None:
+        indices = indices.expand(sequences, *indices.shape[1:])
+    use = Use((slot,), slot.check_input(indices, axes=1))
     tape = slot.layer.tape
     if tape is None:
-        rows = _TableLookup.apply((slot,), indices, slot.values, padding_index, slot.layer.gate())
+        rows = _TableLookup.apply(use, indices, slot.values, padding_index, slot.layer.gate())
     else:
-        report = partial(_report_table_lookup, slot, indices, padding_index)
-        rows = tape.note(F.embedding(indices, slot.values, padding_index), _if_unchanged((slot,), indices, report))
-    return RowsOfSequences.of(rows, slot.name) if indices.ndim == 1 else rows
+        report = partial(reports.table_lookup, use, indices, padding_index)
+        rows = tape.note(F.embedding(indices, slot.values, padding_index), _if_unchanged(use, indices, report))
+    if indices.ndim == 1 and use.segments is None:
+        return RowsOfSequences.of(rows, slot.name)
+    return remember(rows, use.segments)
 
 
 def scale_and_shift(inputs: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     """inputs ∘ scale + shift, with inputs `(S, …, *shape)` and scale and shift of that shape, or None."""
     slots = _slots(scale, shift)
-    for slot in slots:
-        if slot is not None:
-            slot.check_input(inputs, axes=1 + slot.parameter.ndim)
+    use = Use(slots, _segments(slots, inputs, [1 + slot.parameter.ndim if slot else 0 for slot in slots]))
     tape = _tape(slots)
     if tape is not None:
         outputs, kept = _scaled_and_shifted(inputs, _plain(scale), _plain(shift)), inputs.detach()
-        report = partial(_report_scale_and_shift, slots, kept)
-        return tape.note(outputs, report if slots[0] is None else _if_unchanged(slots, kept, report))
-    return _ScaleAndShift.apply(slots, inputs, _plain(scale), _plain(shift), *_gates(slots))
+        report = partial(reports.scale_and_shift, use, kept)
+        outputs = tape.note(outputs, report if slots[0] is None else _if_unchanged(use, kept, report))
+    else:
+        outputs = _ScaleAndShift.apply(use, inputs, _plain(scale), _plain(shift), *_gates(slots))
+    return remember(outputs, use.segments)
+
+
+def copies_of(slot: Slot, sequences: int) -> Tensor:
+    """One copy of a parameter a sequence, `(S, …)`, all in the same memory. The gradient at copy s is G_s."""
+    use, shape = Use((slot,)), (sequences, *slot.parameter.shape)
+    tape = slot.layer.tape
+    if tape is not None:
+        return tape.note(slot.values.expand(shape), partial(reports.copies, use))
+    return cast(Tensor, _Copies.apply(use, slot.values, shape, slot.layer.gate()))
 
 
 class _MatrixProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, slots: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, *gates: Tensor) -> Tensor:
+    def forward(ctx: Any, use: Use, inputs: Tensor, weight: Tensor, bias: Tensor | None, *gates: Tensor) -> Tensor:
         outputs = F.linear(inputs, weight, bias)  # autocast, when on, picks the precision here
-        _start_use(ctx, slots)
+        _start_use(ctx, use)
         ctx.save_for_backward(
-            inputs.to(outputs.dtype) if slots[0] is not None else None, weight if ctx.needs_input_grad[1] else None
+            inputs.to(outputs.dtype) if use.slots[0] is not None else None, weight if ctx.needs_input_grad[1] else None
         )
         return not_a_view(outputs)
 
@@ -81,19 +104,17 @@ class _MatrixProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, output_gradients: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = _end_use(ctx)
-        _report_matrix_product(ctx.slots, inputs, output_gradients)
+        reports.matrix_product(ctx.use, inputs, output_gradients)
         input_gradients = None
         if ctx.needs_input_grad[1]:
             input_gradients = output_gradients @ weight.to(output_gradients.dtype)
-        return None, input_gradients, None, None, *_no_gradients(ctx.slots)
+        return None, input_gradients, None, None, *_no_gradients(ctx.use.slots)
 
 
 class _TableLookup(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, slots: Any, indices: Tensor, table: Tensor, padding_index: int | None, gate: Tensor
-    ) -> Tensor:
-        _start_use(ctx, slots)
+    def forward(ctx: Any, use: Use, indices: Tensor, table: Tensor, padding_index: int | None, gate: Tensor) -> Tensor:
+        _start_use(ctx, use)
         ctx.padding_index = padding_index
         ctx.save_for_backward(indices)
         return not_a_view(F.embedding(indices, table))
@@ -102,28 +123,42 @@ class _TableLookup(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, output_gradients: Tensor) -> tuple[None, ...]:
         (indices,) = _end_use(ctx)
-        _report_table_lookup(ctx.slots[0], indices, ctx.padding_index, output_gradients)
+        reports.table_lookup(ctx.use, indices, ctx.padding_index, output_gradients)
         return None, None, None, None, None
 
 
 class _ScaleAndShift(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, slots: Any, inputs: Tensor, scale: Tensor | None, shift: Tensor | None, *gates: Tensor
+        ctx: Any, use: Use, inputs: Tensor, scale: Tensor | None, shift: Tensor | None, *gates: Tensor
     ) -> Tensor:
-        _start_use(ctx, slots)
-        ctx.save_for_backward(inputs if slots[0] is not None else None, scale if ctx.needs_input_grad[1] else None)
+        _start_use(ctx, use)
+        ctx.save_for_backward(inputs if use.slots[0] is not None else None, scale if ctx.needs_input_grad[1] else None)
         return not_a_view(_scaled_and_shifted(inputs, scale, shift))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, output_gradients: Tensor) -> tuple[Tensor | None, ...]:
         inputs, scale = _end_use(ctx)
-        _report_scale_and_shift(ctx.slots, inputs, output_gradients)
+        reports.scale_and_shift(ctx.use, inputs, output_gradients)
         input_gradients = None
         if ctx.needs_input_grad[1]:
             input_gradients = output_gradients if scale is None else output_gradients * scale
-        return None, input_gradients, None, None, *_no_gradients(ctx.slots)
+        return None, input_gradients, None, None, *_no_gradients(ctx.use.slots)
+
+
+class _Copies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, use: Use, values: Tensor, shape: tuple[int, ...], gate: Tensor) -> Tensor:
+        _start_use(ctx, use)
+        return values.expand(shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradients: Tensor) -> tuple[None, ...]:
+        _end_use(ctx)
+        reports.copies(ctx.use, gradients)
+        return None, None, None, None
 
 
 def shape_of(tensor: Tensor) -> torch.Size:
@@ -141,9 +176,9 @@ def _scaled_and_shifted(inputs: Tensor, scale: Tensor | None, shift: Tensor | No
 # --- What a use keeps until backpropagation comes by, and what it is asked then ------------------------------------
 
 
-def _start_use(ctx: Any, slots: tuple[Slot | None, ...]) -> None:
+def _start_use(ctx: Any, use: Use) -> None:
     """Note what a use is of, and whether it is made by recomputing inside of a backward pass."""
-    ctx.slots = slots
+    ctx.use = use
     ctx.recomputed = torch._C._current_graph_task_id() != -1
 
 
@@ -153,7 +188,7 @@ def _end_use(ctx: Any) -> tuple[Any, ...]:
     A checkpoint without re-entry recomputes for the saved tensors only. A re-entrant one runs a backward pass of its
     own through what it recomputed; the layer's other uses are not in it, so that no gate could wait for them all.
     """
-    name = _name_of(ctx.slots)
+    name = ctx.use.name
     if ctx.recomputed:
         raise RuntimeError(
             f"parameter '{name}': expected one backward pass through all uses of its layer, got a use that was "
@@ -162,11 +197,9 @@ def _end_use(ctx: Any) -> tuple[Any, ...]:
     return saved_tensors(ctx, name)
 
 
-def _if_unchanged(
-    slots: tuple[Slot | None, ...], kept: Tensor, report: Callable[[Tensor], None]
-) -> Callable[[Tensor], None]:
+def _if_unchanged(use: Use, kept: Tensor, report: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
     """The report, after a look at whether what it holds on to was changed in the meantime."""
-    unchanged = Unchanged(_name_of(slots), kept)
+    unchanged = Unchanged(use.name, kept)
 
     def checked(output_gradients: Tensor) -> None:
         unchanged.check()
@@ -175,48 +208,21 @@ def _if_unchanged(
     return checked
 
 
-def _name_of(slots: tuple[Slot | None, ...]) -> str:
-    """The name of the first parameter of a use."""
-    return next(slot.name for slot in slots if slot is not None)
-
-
-# --- What backpropagation reports when it passes a use: the factors of the parameters' gradients --------------------
-
-
-def _report_matrix_product(slots: tuple[Slot | None, ...], inputs: Tensor | None, output_gradients: Tensor) -> None:
-    """dW_s = Σ_t g_st x_stᵀ, db_s = Σ_t g_st."""
-    for_weight, for_bias = slots
-    left = _positions(output_gradients, 1)
-    if for_weight is not None and inputs is not None:
-        for_weight.layer.add_matrix_use(for_weight, left, _positions(inputs, 1))
-    if for_bias is not None:
-        for_bias.layer.add_vector_use(for_bias, left, None)
-
-
-def _report_table_lookup(slot: Slot, indices: Tensor, padding_index: int | None, output_gradients: Tensor) -> None:
-    """The row of each token gets the gradient at its output."""
-    if padding_index is not None:
-        output_gradients = output_gradients.masked_fill((indices == padding_index).unsqueeze(-1), 0.0)
-    slot.layer.add_matrix_use(slot, indices.reshape(indices.shape[0], -1).long(), _positions(output_gradients, 1))
-
-
-def _report_scale_and_shift(slots: tuple[Slot | None, ...], inputs: Tensor | None, output_gradients: Tensor) -> None:
-    """dγ_s = Σ_t g_st ∘ x_st, dβ_s = Σ_t g_st."""
-    for_scale, for_shift = slots
-    if for_scale is not None and inputs is not None:
-        axes = for_scale.parameter.ndim
-        for_scale.layer.add_vector_use(for_scale, _positions(output_gradients, axes), _positions(inputs, axes))
-    if for_shift is not None:
-        left = _positions(output_gradients, for_shift.parameter.ndim)
-        for_shift.layer.add_vector_use(for_shift, left, None)
-
-
 # --- Helpers -------------------------------------------------------------------------------------------------------
 
 
 def _slots(*tensors: Tensor | None) -> tuple[Slot | None, ...]:
     """The slot of every stand-in, None for plain tensors."""
     return tuple(slot_of(tensor) for tensor in tensors)
+
+
+def _segments(slots: tuple[Slot | None, ...], inputs: Tensor, axes: list[int]) -> Segments | None:
+    """Whose the rows of the inputs are, after a look at whether the axes are there that each parameter needs."""
+    segments = None
+    for slot, needed in zip(slots, axes, strict=True):
+        if slot is not None and segments is None:
+            segments = slot.check_input(inputs, needed)
+    return segments
 
 
 def _tape(slots: tuple[Slot | None, ...]) -> Tape | None:
@@ -240,9 +246,3 @@ def _gates(slots: tuple[Slot | None, ...]) -> list[Tensor]:
 def _no_gradients(slots: tuple[Slot | None, ...]) -> list[None]:
     """One None a gate: a gate is a dependency, not a number."""
     return [None for slot in slots if slot is not None]
-
-
-def _positions(tensor: Tensor, feature_axes: int) -> Tensor:
-    """`(S, …, *features)` as `(S, T, d)`: all axes in between are positions."""
-    features = tensor.shape[tensor.ndim - feature_axes :].numel()
-    return tensor.reshape(tensor.shape[0], -1, features)

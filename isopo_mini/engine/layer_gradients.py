@@ -36,6 +36,7 @@ class Resources:
         generator_of: the source of randomness on a device.
         token_mask: `(S, T)`, which positions may be sampled as tokens; None for all.
         loss_scale: s.
+        most_bytes: what the G_s of a weight may take where the path is left to the engine; None for any.
     """
 
     def __init__(
@@ -46,7 +47,9 @@ class Resources:
         generator_of: Callable[[torch.device], torch.Generator],
         token_mask: Tensor | None = None,
         loss_scale: float | Tensor = 1.0,
+        most_bytes: int | None = None,
     ) -> None:
+        self.most_bytes = most_bytes
         self.path = path
         self.sketch_size = sketch_size
         self.workspace = workspace
@@ -168,7 +171,7 @@ class LayerGradients:
         vectors = [part for part in self.parameters.values() if isinstance(part, VectorGradients)]
         parts = []
         for matrix in matrices:
-            path = matrix.path(resources.path)
+            path = matrix.path(resources.path, resources.most_bytes)
             biases = [vector for vector in vectors if path == "ghost" and matrix.has_bias(vector)][:1]
             vectors = [vector for vector in vectors if vector not in biases]
             parts.append(matrix.gram(path, resources.workspace, bias=bool(biases)))

@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node
 
+from isopo_mini.engine.fallback import Fallback
 from isopo_mini.engine.graph import backward_noticed, check_graph
 from isopo_mini.engine.in_place import Unchanged
 from isopo_mini.engine.parameter_gradients import MatrixGradients, VectorGradients
 from isopo_mini.engine.places import stand_ins
+from isopo_mini.engine.segments import Segments
 from isopo_mini.engine.stand_in import Slot, Tape, UnhandledParameterError
 
 PAST_ITS_MODULE = "a path that does not go through its module"
@@ -32,11 +34,21 @@ class LayerUses:
     Args:
         num_sequences: S, which the first axis of every input must have; None when the tape knows.
         tape: where the uses are noted; None when they report to the gate.
+        fallback: calls what no handler knows.
+        segments: the sequence of every row, where the first axis of the inputs is not the sequences.
     """
 
-    def __init__(self, num_sequences: int | None = None, tape: Tape | None = None) -> None:
-        self.num_sequences = num_sequences
+    def __init__(
+        self,
+        num_sequences: int | None = None,
+        tape: Tape | None = None,
+        fallback: Fallback | None = None,
+        segments: Segments | None = None,
+    ) -> None:
+        self._num_sequences = num_sequences
         self.tape = tape
+        self.fallback = fallback or Fallback()
+        self.segments = segments
         self.uses: Uses = {}
         self._kept: list[Unchanged] = []
 
@@ -44,10 +56,15 @@ class LayerUses:
         """The node that the uses of an open microbatch hang on."""
         raise NotImplementedError(f"{type(self).__name__} has no gate")
 
+    @property
+    def num_sequences(self) -> int | None:
+        """S; None as long as the tape does not know."""
+        return self._num_sequences if self.tape is None else self.tape.num_sequences
+
     def expected_sequences(self, tensor: Tensor) -> int:
-        """S; see the class."""
+        """S, which this tensor decides if nothing has before."""
         if self.tape is None:
-            return cast(int, self.num_sequences)
+            return cast(int, self._num_sequences)
         if self.tape.num_sequences is None:
             self.tape.num_sequences = tensor.shape[0]
         return self.tape.num_sequences
@@ -62,8 +79,8 @@ class LayerUses:
             return
         rows, columns = slot.parameter.shape[0], slot.parameter[0].numel()
         matrix = self.uses.setdefault(slot.name, MatrixGradients(rows, columns))
-        if not isinstance(matrix, MatrixGradients):
-            raise UnhandledParameterError(slot.name, "both an elementwise use and a matrix product")
+        if isinstance(matrix, VectorGradients):  # an earlier use gave it in full
+            matrix = self.uses[slot.name] = matrix.as_matrix(rows, columns)
         matrix.add_use(left, right)
         self._kept += [Unchanged(slot.name, left), Unchanged(slot.name, right)]
 
@@ -72,9 +89,11 @@ class LayerUses:
         if not self.wanted():
             return
         vector = self.uses.setdefault(slot.name, VectorGradients())
-        if not isinstance(vector, VectorGradients):
-            raise UnhandledParameterError(slot.name, "both an elementwise use and a matrix product")
-        vector.add_use(output_gradients, factors)
+        if isinstance(vector, MatrixGradients):
+            alone = VectorGradients([output_gradients], [factors])
+            vector.add_use(*alone.as_matrix(vector.rows, vector.columns).pairs[0])
+        else:
+            vector.add_use(output_gradients, factors)
         self._kept += [Unchanged(slot.name, kept) for kept in (output_gradients, factors) if kept is not None]
 
     def take_uses(self) -> Uses:
@@ -89,7 +108,7 @@ class _Layer(LayerUses):
     """One layer of an open microbatch: once backpropagation has passed all its uses, it closes its gate."""
 
     def __init__(self, name: str, microbatch: "Microbatch") -> None:
-        super().__init__(microbatch.num_sequences)
+        super().__init__(microbatch.num_sequences, fallback=microbatch.fallback, segments=microbatch.segments)
         self.name = name
         self.microbatch = microbatch
         self.slots: list[Slot] = []
@@ -136,6 +155,11 @@ class _Layer(LayerUses):
             gradient = combined.get(slot.name)
             if gradient is not None:
                 gradient = gradient.view_as(slot.parameter).to(slot.parameter.dtype)
+            for index, part in slot.parts.items():
+                if part.name in combined:
+                    gradient = torch.zeros_like(slot.parameter) if gradient is None else gradient
+                    gradient[index] += combined[part.name].view_as(part.parameter)
+            if gradient is not None:
                 self.microbatch.returned[slot.name] = gradient
             result.append(gradient)
         return result
@@ -177,6 +201,8 @@ class Microbatch:
         num_sequences: S.
         close_layer: takes a layer's name and the uses of its parameters, returns their gradients by name.
         coefficients: where it keeps each layer's c.
+        fallback: calls what no handler knows.
+        segments: the sequence of every row, where the first axis of the inputs is not the sequences.
     """
 
     def __init__(
@@ -186,7 +212,11 @@ class Microbatch:
         num_sequences: int,
         close_layer: Callable[[str, Uses], dict[str, Tensor]],
         coefficients: dict[str, Tensor] | None = None,
+        fallback: Fallback | None = None,
+        segments: Segments | None = None,
     ) -> None:
+        self.fallback = fallback or Fallback()
+        self.segments = segments
         self.model = model
         self.layers = layers
         self.num_sequences = num_sequences
@@ -215,6 +245,7 @@ class Microbatch:
                 for layer in made:
                     layer.end()
         _refuse_open_layers(made)
+        self.fallback.warn()
 
     def _make_layer(self, name: str) -> _Layer:
         """The layer of a name, to be asked at the end whether it is closed."""

@@ -10,6 +10,11 @@ from torch import Tensor
 from isopo_mini.geometry import gram as grams
 from isopo_mini.precision import at_least_float32
 
+# Measured on one core, from a width of 256 to one of 4,096: writing the entries of the G_s and reading them twice takes
+# as long as so many multiplications each, once they no longer fit into a cache.
+MOVED = 40
+CACHE = 2**22  # bytes
+
 
 class Workspace:
     """Memory for the G_s, used again by every layer: fresh pages cost the CPU more than the arithmetic."""
@@ -98,12 +103,22 @@ class MatrixGradients:
         assert self.formed is not None
         return self.formed
 
-    def path(self, wanted: str) -> str:
-        """The path to K: the wanted one, or the cheaper one when that is `"auto"`."""
+    def path(self, wanted: str, most_bytes: int | None = None) -> str:
+        """The path to K: the wanted one, or the cheaper one when that is `"auto"`.
+
+        Args:
+            wanted: one of `PATHS`.
+            most_bytes: what the G_s may take under `"auto"`; None for as much as they need.
+        """
         if wanted != "auto":
             return wanted
         sequences, positions = self.rights[0].shape[0], sum(right.shape[1] for right in self.rights)
-        return grams.cheaper(sequences, positions, self.rows, self.columns)
+        size = sequences * self.size * self.rights[0].element_size()
+        if most_bytes is not None and size > most_bytes:
+            return "ghost"
+        moved = MOVED * sequences * self.size if size > CACHE else 0
+        dense = grams.dense_cost(sequences, positions, self.rows, self.columns) + moved
+        return "dense" if dense <= grams.ghost_cost(sequences, positions, self.rows, self.columns) else "ghost"
 
     def gram(self, path: str, workspace: Workspace, bias: bool = False) -> Tensor:
         """K, `(S, S)`. With `bias` (ghost path) that of weight and bias together."""
@@ -220,6 +235,12 @@ class VectorGradients:
                 ]
             )
         return self.formed
+
+    def as_matrix(self, rows: int, columns: int) -> MatrixGradients:
+        """The same gradients as those of a matrix `(rows, columns)`: all its rows were looked up once."""
+        formed = self.form()
+        every_row = torch.arange(rows, device=formed.device).expand(len(formed), rows)
+        return MatrixGradients(rows, columns, [every_row], [formed.view(-1, rows, columns)])
 
     def gram(self) -> Tensor:
         """K, `(S, S)`."""

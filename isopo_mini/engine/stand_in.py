@@ -15,9 +15,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from isopo_mini.engine.in_place import not_a_view
+from isopo_mini.engine.segments import Segments, from_history
 
 PAST_PYTORCH = "an autograd.Function or an extension that reads its values"
 
@@ -37,40 +38,76 @@ class Layer(Protocol):
     """What a use reports to; see `microbatch.LayerUses`."""
 
     tape: "Tape | None"
+    segments: Segments | None
 
+    @property
+    def num_sequences(self) -> int | None: ...
+    @property
+    def fallback(self) -> "Fallback": ...
     def expected_sequences(self, tensor: Tensor) -> int: ...
     def gate(self) -> Tensor: ...
     def add_matrix_use(self, slot: "Slot", left: Tensor, right: Tensor) -> None: ...
     def add_vector_use(self, slot: "Slot", output_gradients: Tensor, factors: Tensor | None) -> None: ...
 
 
+class Fallback(Protocol):
+    """Calls what no handler knows; see `fallback.Fallback`."""
+
+    def __call__(self, function: Callable, args: Any, kwargs: Any) -> Any: ...
+    def of_parameters_alone(self, function: Callable, *args: Any) -> Any: ...
+
+
 class Slot:
     """A trainable parameter, its full name, its layer, and the modules that keep it."""
 
-    def __init__(self, name: str, parameter: nn.Parameter, layer: Layer) -> None:
+    def __init__(self, name: str, parameter: Tensor, layer: Layer) -> None:
         self.name = name
         self.parameter = parameter
         self.layer = layer
         self.places: list[tuple[nn.Module, str]] = []
         self.values = parameter.detach()  # without a path to the parameter: that path is the gate
+        self.parts: dict[int, Slot] = {}
+        self.whole: Slot | None = None  # of which this is a part
+
+    def part(self, index: int) -> "Slot":
+        """Entry `index` of a parameter that is a stack, such as one of experts: a parameter of its own to the layer."""
+        index %= len(self.parameter)
+        if index not in self.parts:
+            self.parts[index] = Slot(f"{self.name}[{index}]", self.parameter[index], self.layer)
+            self.parts[index].places = self.places
+            self.parts[index].whole = self
+        return self.parts[index]
 
     def check_places(self) -> None:
         """The modules must still keep this parameter: the stand-in would hide what somebody put in its place."""
+        parameter = self.parameter if self.whole is None else self.whole.parameter
         for module, key in self.places:
-            if module._parameters.get(key) is not self.parameter:
+            if module._parameters.get(key) is not parameter:
                 raise ValueError(
                     f"parameter '{self.name}': expected the model's own parameter while a microbatch is open, got "
                     f"another tensor in its place; use torch.func.functional_call outside of the block"
                 )
 
-    def check_input(self, tensor: Tensor, axes: int) -> None:
-        """The first axis must be the sequences, and at least `axes` axes must be there."""
+    def check_input(self, tensor: Tensor, axes: int) -> Segments | None:
+        """At least `axes` axes must be there, and the first must be the sequences; or else whose its rows are."""
         sequences = self.layer.expected_sequences(tensor)
-        if tensor.ndim < axes or tensor.shape[0] != sequences:
-            raise ValueError(
-                f"parameter '{self.name}': expected an input whose first axis is the S={sequences} sequences, got "
-                f"shape {tuple(tensor.shape)}; keep that axis through the model (for positions: expand them to (S, T))"
-            )
+        segments = self.layer.segments
+        if segments is not None:
+            if segments.are_rows_of(tensor) and tensor.ndim >= axes - 1 + len(segments.shape):
+                return segments
+        elif tensor.ndim >= axes and tensor.shape[0] == sequences:
+            if tensor.ndim > axes or tensor.grad_fn is None:
+                return None
+            found = from_history(tensor, sequences)  # an expert may be given S tokens
+            return None if found is None or found.are_sequences() else found
+        if tensor.ndim >= axes and (found := from_history(tensor, sequences, segments)) is not None:
+            return found
+        raise ValueError(
+            f"parameter '{self.name}': expected an input whose first axis is the S={sequences} sequences"
+            f"{'' if segments is None else f', in the segments {segments.shape}'}, got shape {tuple(tensor.shape)}; "
+            f"keep that axis through the model (for positions: expand them to (S, T)), or say which sequence each row "
+            f"belongs to by the segments of the microbatch"
+        )
 
 
 class Tape:
@@ -121,20 +158,50 @@ class StandIn(Tensor):
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called by PyTorch in place of `func` whenever an argument is a stand-in."""
+        if Copied in types:
+            return NotImplemented  # a handler would take it for an activation
         kwargs = kwargs or {}
         handler = HANDLERS.get(func)
         if handler is not None and torch.is_grad_enabled():
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        real_args, real_kwargs = tree_map(_parameter_of, (args, kwargs))
-        result = func(*real_args, **real_kwargs)
-        if torch.is_grad_enabled() and any(
-            isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(result)
+        (first, *_) = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, StandIn)]
+        return first.slot.layer.fallback(func, args, kwargs)
+
+
+class Copied(Tensor):
+    """Computed from parameters alone: the value, and how to compute it once for every sequence; see `copies`."""
+
+    slots: tuple[Slot, ...]
+    recipe: Callable[[int], Tensor]  # S → `(S, *shape)`
+    transpose_of: StandIn | None = None  # the matrix of which this is the transpose, for a product with it
+
+    @classmethod
+    def of(cls, value: Tensor, slots: tuple[Slot, ...], recipe: Callable[[int], Tensor]) -> "Copied":
+        """The value, without its graph, and its recipe."""
+        with torch._C.DisableTorchFunctionSubclass():
+            # It asks for a gradient, as code that looks at it expects. What uses it comes by `__torch_function__`.
+            copied = cast(Copied, value.detach().as_subclass(cls).requires_grad_())
+            copied.register_hook(partial(_refuse_gradient, slots[0].name))
+        copied.slots, copied.recipe = slots, recipe
+        return copied
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called by PyTorch in place of `func` whenever an argument was computed from parameters alone."""
+        kwargs = kwargs or {}
+        copied = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Copied)]
+        if (
+            func in TAKE_TRANSPOSES
+            and torch.is_grad_enabled()
+            and len(copied) == 1
+            and copied[0].transpose_of is not None
         ):
-            (name, *_) = [leaf.slot.name for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, StandIn)]
-            raise UnhandledParameterError(name, getattr(func, "__name__", str(func)))
-        return result
+            result = HANDLERS[func](*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return copied[0].slots[0].layer.fallback(func, args, kwargs)
 
 
 def slot_of(tensor: Any) -> Slot | None:
@@ -146,6 +213,7 @@ def slot_of(tensor: Any) -> Slot | None:
 
 
 HANDLERS: dict[Callable, Callable] = {}
+TAKE_TRANSPOSES: set[Callable] = set()  # functions whose handlers know what to do with `Copied.transpose_of`
 
 
 def register(*functions: Callable) -> Callable[[Callable], Callable]:
@@ -161,12 +229,6 @@ def register(*functions: Callable) -> Callable[[Callable], Callable]:
         return handler
 
     return add
-
-
-def _parameter_of(leaf: Any) -> Any:
-    """The parameter behind a stand-in; anything else as it is."""
-    slot = slot_of(leaf)
-    return leaf if slot is None else slot.parameter
 
 
 def _refuse_gradient(name: str, gradient: Tensor) -> None:

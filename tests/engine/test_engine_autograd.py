@@ -369,13 +369,13 @@ def test_an_unhandled_use_is_named() -> None:
         pytest.raises(
             UnhandledParameterError, match=r"parameter 'temperature': .* got (div|true_divide|__truediv__).*freeze"
         ),
-        Isopo(model, NTK(1.0)).microbatch(torch.ones(2)),
+        Isopo(model, NTK(1.0), copy_bytes=0).microbatch(torch.ones(2)),
     ):
         model(torch.randn(2, 3)).sum().backward()
     # The model is whole again, and frozen it works.
     assert isinstance(model.temperature, nn.Parameter)
     model.temperature.requires_grad_(False)
-    with Isopo(model, NTK(1.0)).microbatch(torch.ones(2)):
+    with Isopo(model, NTK(1.0), copy_bytes=0).microbatch(torch.ones(2)):
         model(torch.randn(2, 3)).sum().backward()
     assert model.inner.weight.grad is not None
 
@@ -392,29 +392,29 @@ def test_a_parameter_that_bypasses_its_module_is_named() -> None:
 
 
 def test_a_registered_handler_is_used() -> None:
-    """A convolution as a matrix product with patches: exact against the loop over sequences."""
-    model = nn.Conv1d(2, 3, kernel_size=2).double()
+    """An instance norm as a gain and a shift of every channel: exact against the loop over sequences."""
+    model = nn.InstanceNorm1d(2, affine=True).double()
     inputs, advantages = torch.randn(4, 2, 6).double(), torch.randn(4).double()
 
     def objective(part: Tensor) -> Tensor:
         return torch.tanh(model(part)).sum()
 
     with (
-        pytest.raises(UnhandledParameterError, match=r"parameter 'weight': .* got conv1d"),
-        Isopo(model, NTK(0.5)).microbatch(advantages),
+        pytest.raises(UnhandledParameterError, match=r"parameter 'weight': .* got instance_norm"),
+        Isopo(model, NTK(0.5), copy_bytes=0).microbatch(advantages),
     ):
         objective(inputs).backward()
 
-    @engine.register(F.conv1d)
-    def convolution(input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any) -> Tensor:
-        patches = input.unfold(2, weight.shape[2], 1).transpose(1, 2).flatten(2)  # (S, T, channels · width)
-        return engine.matrix_product(patches, weight, bias).transpose(1, 2)
+    @engine.register(F.instance_norm)
+    def norm(input: Tensor, weight: Tensor, bias: Tensor, **rest: Any) -> Tensor:
+        channels_last = F.instance_norm(input).transpose(1, 2)  # (S, T, channels)
+        return engine.scale_and_shift(channels_last, weight, bias).transpose(1, 2)
 
     try:
-        with Isopo(model, NTK(0.5)).microbatch(advantages):
+        with Isopo(model, NTK(0.5), copy_bytes=0).microbatch(advantages):
             objective(inputs).backward()
     finally:
-        del HANDLERS[F.conv1d]
+        del HANDLERS[F.instance_norm]
     computed = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])  # type: ignore[union-attr]
     scores = torch.stack(
         [

@@ -107,7 +107,6 @@ class PositionsByLayer(nn.Module):
         (TimeFirst, r"'first\.weight'"),
         (SortsItsBatch, r"'layer\.weight'"),
         (Normalises, r"'layer\.weight'"),
-        (RelativePositions, r"'bias\.weight'"),
         (PositionsByLayer, r"'positions\.weight'"),
     ],
 )
@@ -120,12 +119,20 @@ def test_a_mistake_is_named_where_there_are_as_many_positions_as_sequences(
         verify(model, lambda n: chosen(model(inputs[:n])), S)
 
 
-@pytest.mark.parametrize("make_model", [TimeFirst, RelativePositions, PositionsByLayer])
+@pytest.mark.parametrize("make_model", [TimeFirst, PositionsByLayer])
 def test_and_by_its_shape_where_there_are_not(make_model: Callable[[], nn.Module]) -> None:
     """With S = T + 1 the first number of sequences shows it; the second one, T, would not have to."""
     model, inputs = make_model(), torch.randn(S, S - 1, WIDTH)
     with pytest.raises(ValueError, match=r"expected an input whose first axis is the S=6 sequences"):
         verify(model, lambda n: chosen(model(inputs[:n])), S)
+
+
+@pytest.mark.filterwarnings("ignore:.*each sequence gets a copy")
+@pytest.mark.parametrize("positions", [S - 2, S - 1, S])
+def test_relative_positions_are_told_from_tokens(positions: int) -> None:
+    """A table of all pairs of positions has the same shape as tokens where there are as many sequences."""
+    model, inputs = RelativePositions().double(), torch.randn(S, positions, WIDTH).double()
+    assert max(verify(model, lambda n: chosen(model(inputs[:n])), S).values()) < 1e-13
 
 
 def test_a_second_number_of_sequences_finds_what_one_hides() -> None:
