@@ -52,6 +52,7 @@ INTERNAL = {
     "isopo_mini.engine.stand_in",
     "isopo_mini.engine.transforms",
     "isopo_mini.engine.verification",
+    "isopo_mini.engine.workspace",
     "isopo_mini.experiments.__main__",
     "isopo_mini.experiments.families",
     "isopo_mini.experiments.leases",

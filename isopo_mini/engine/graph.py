@@ -14,6 +14,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from isopo_mini.engine.reports import Use
+
 LEAF = "AccumulateGrad"
 GATE = "_GateBackward"
 REENTRANT_CHECKPOINT = "CheckpointFunctionBackward"
@@ -97,7 +99,7 @@ def check_graph(num_sequences: int, own: Set[Tensor], layers: Set[Any], outputs:
         elif kind in CHOICES:
             if _is_reordering(node, num_sequences):
                 complaints.append(_reordered(node, num_sequences))
-        elif hasattr(node, "slots") and _takes_chosen_rows(node, num_sequences):
+        elif _takes_its_rows_for_sequences(node) and _takes_chosen_rows(node, num_sequences):
             complaints.append(_chosen(node, num_sequences))
     if is_ours and complaints:
         raise ValueError(complaints[0])
@@ -122,6 +124,12 @@ def _is_reordering(choice: Node, num_sequences: int) -> bool:
         return False
     order = torch.arange(num_sequences, device=rows[0].device)
     return not torch.equal(rows[0], order) and torch.equal(rows[0].sort().values, order)
+
+
+def _takes_its_rows_for_sequences(node: Node) -> bool:
+    """Is it a use of parameters whose first axis was taken for the sequences?"""
+    use = getattr(node, "use", None)
+    return isinstance(use, Use) and use.segments is None
 
 
 def _takes_chosen_rows(use: Node, num_sequences: int) -> bool:
@@ -197,7 +205,7 @@ def _parameter_below(node: Node) -> str:
     """The name of a parameter that is used on the way to this node."""
     pending = [GradientEdge(node, 0)]
     for below in nodes_of(pending):
-        for slot in getattr(below, "slots", ()):
-            if slot is not None:
-                return slot.name
+        use = getattr(below, "use", None)
+        if isinstance(use, Use):
+            return use.name
     return "?"

@@ -29,11 +29,11 @@ from isopo_mini.engine.graph import REENTRANT_CHECKPOINT, nodes_of
 from isopo_mini.engine.layer_gradients import PATHS, LayerGradients, Resources
 from isopo_mini.engine.loss_scale import check_loss_scale, grad_scaler_noticed
 from isopo_mini.engine.microbatch import PAST_ITS_MODULE, LayerUses, Microbatch, Uses
-from isopo_mini.engine.parameter_gradients import Workspace
 from isopo_mini.engine.places import layer_names, stand_ins
 from isopo_mini.engine.segments import Segments
 from isopo_mini.engine.stand_in import PAST_PYTORCH, Tape, UnhandledParameterError
 from isopo_mini.engine.transforms import NTK, MovingAverages, Transform
+from isopo_mini.engine.workspace import Workspace
 
 
 class Isopo:

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from isopo_mini.engine.parameter_gradients import MatrixGradients, VectorGradients, Workspace, sum_of
+from isopo_mini.engine.parameter_gradients import MatrixGradients, VectorGradients, sum_of
+from isopo_mini.engine.workspace import Workspace
 from isopo_mini.geometry import gram as grams
 from isopo_mini.precision import at_least_float32
 

@@ -1,12 +1,12 @@
 """The per-sequence gradients of one parameter as backpropagation hands them over: in factors, not yet multiplied."""
 
-import math
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from isopo_mini.engine.workspace import Workspace
 from isopo_mini.geometry import gram as grams
 from isopo_mini.precision import at_least_float32
 
@@ -14,30 +14,6 @@ from isopo_mini.precision import at_least_float32
 # as long as so many multiplications each, once they no longer fit into a cache.
 MOVED = 40
 CACHE = 2**22  # bytes
-
-
-class Workspace:
-    """Memory for the G_s, used again by every layer: fresh pages cost the CPU more than the arithmetic."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[torch.dtype, Tensor] = {}
-        self._used = 0
-
-    def start_layer(self) -> None:
-        """What earlier layers took is free again."""
-        self._used = 0
-
-    def take(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Uninitialised memory of the given shape, with the dtype and device of `like`."""
-        if like.device.type != "cpu":  # the allocator of a GPU keeps its memory already
-            return torch.empty(shape, dtype=like.dtype, device=like.device)
-        end = self._used + math.prod(shape)
-        buffer = self._buffers.get(like.dtype)
-        if buffer is None or buffer.numel() < end:
-            buffer = self._buffers[like.dtype] = torch.empty(end, dtype=like.dtype)
-        taken = buffer[self._used : end].view(shape)
-        self._used = end
-        return taken
 
 
 @dataclass(eq=False)
