@@ -25,7 +25,7 @@ def test_in_a_cache_multiplications_decide() -> None:
 
 
 def test_beyond_a_cache_memory_counts() -> None:
-    """By multiplications alone the dense path; on one core it takes 2.6 times as long as the ghost path."""
+    """By multiplications alone the dense path, whose gradients no longer fit into a cache."""
     assert grams.cheaper(8, 32, 2048, 512) == "dense"
     assert gradients(8, 32, 2048, 512).path("auto") == "ghost"
     assert gradients(8, 256, 2048, 512).path("auto") == "dense"
