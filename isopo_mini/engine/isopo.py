@@ -246,7 +246,7 @@ def gram_matrices(
 
     Args:
         model: the policy.
-        log_probs: computes the log-probabilities, first axis S; they are summed over everything.
+        log_probs: computes the log-probabilities, first axis S, or their sum; they are summed over everything.
 
     Raises:
         ValueError: the first axis of the log-probabilities is not that of the first layer's input.
@@ -267,7 +267,7 @@ def gram_matrices(
 
     with stand_ins(model, "separate", make_layer) as shadows:
         values = log_probs()
-        if values.ndim == 0 or tape.num_sequences not in (None, len(values)):
+        if values.ndim > 0 and tape.num_sequences not in (None, len(values)):
             raise ValueError(
                 f"log_probs: expected a tensor whose first axis is the S={tape.num_sequences} sequences of the first "
                 f"layer's input, got shape {tuple(values.shape)}"
