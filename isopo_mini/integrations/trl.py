@@ -42,8 +42,8 @@ class IsopoGRPOTrainer(GRPOTrainer):
     Args:
         arguments: those of `GRPOTrainer`, by position or by name.
         transform: `NTK(…)`, `FisherNormalized(…)` or `LayerScaled()`. Its scale decides the optimizer.
-            `NTK(scale="gradient")`, the default there, and `FisherNormalized()` belong under AdamW, trl's default.
-            `scale="natural"` is a step of its own length and belongs under SGD: `GRPOConfig(optim="sgd",
+            `NTK(scale="gradient")`, the default there, belongs under AdamW, trl's default. `FisherNormalized()` and
+            `scale="natural"` are steps of a length of their own and belong under SGD: `GRPOConfig(optim="sgd",
             max_grad_norm=0.0, learning_rate=…)`; clipping by the norm would undo that length, and Adam the scale.
         microbatches: which sequences share a microbatch, and with it a Gram matrix. `"shuffled"`: as trl deals them, at
             random over the generation batch. `"groups"`: the answers to one prompt stay together, in the order in which
