@@ -53,10 +53,10 @@ def requirements() -> dict[str, list[str]]:
     }
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
     """Resolve, freeze, write each lock, or those that are named."""
     wanted = requirements()
-    for name in sys.argv[1:] or wanted:
+    for name in names or wanted:
         write(name, wanted[name], MODELS if "models" in name else BOOK)
 
 
@@ -74,4 +74,4 @@ def write(name: str, wanted: list[str], header: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
