@@ -8,11 +8,9 @@ from torch import Tensor
 from isopo_mini.engine.layer_functions import matrix_product, shape_of
 from isopo_mini.engine.stand_in import Copied, StandIn, register
 
-Pair = tuple[int, int]
 
-
-@register(F.conv1d)
-def _conv1d(
+@register(F.conv1d, F.conv2d)
+def _convolution(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -21,43 +19,26 @@ def _conv1d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Any:
-    if groups != 1 or isinstance(padding, str) or not _is_batch(input, 3):
+    """`(S, C, W)` to `(S, O, W')`, or `(S, C, H, W)` to `(S, O, H', W')`."""
+    kernel = tuple(shape_of(weight)[2:])
+    if groups != 1 or isinstance(padding, str) or not _is_batch(input, 2 + len(kernel)):
         return NotImplemented
-    (width,) = shape_of(weight)[2:]
-    settings = [(at_rest, *_several(given, 1)) for at_rest, given in ((1, stride), (0, padding), (1, dilation))]
-    return _convolution(input.unsqueeze(2), weight, bias, (1, width), settings).squeeze(2)
-
-
-@register(F.conv2d)
-def _conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Any:
-    if groups != 1 or isinstance(padding, str) or not _is_batch(input, 4):
-        return NotImplemented
-    kernel = shape_of(weight)[2:]
-    settings = [_several(given, 2) for given in (stride, padding, dilation)]
-    return _convolution(input, weight, bias, tuple(kernel), settings)
-
-
-def _convolution(input: Tensor, weight: Tensor, bias: Tensor | None, kernel: Any, settings: Any) -> Tensor:
-    """`(S, C, H, W)` to `(S, O, H', W')`."""
-    stride, padding, dilation = settings
-    patches = F.unfold(input, kernel, dilation=dilation, padding=padding, stride=stride)  # (S, C · kernel, H' · W')
+    stride, padding, dilation = (_for_each(given, len(kernel)) for given in (stride, padding, dilation))
+    if len(kernel) == 1:  # a picture of one row
+        picture, kernel = input.unsqueeze(2), (1, *kernel)
+        stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
+    else:
+        picture = input
+    patches = F.unfold(picture, kernel, dilation=dilation, padding=padding, stride=stride)  # (S, C · kernel, H' · W')
     outputs = matrix_product(patches.transpose(1, 2), weight, bias).transpose(1, 2)  # (S, O, H' · W')
-    size = input.shape[2] + 2 * padding[0] - dilation[0] * (kernel[0] - 1) - 1
-    return outputs.unflatten(2, (size // stride[0] + 1, -1))
+    size = picture.shape[2] + 2 * padding[0] - dilation[0] * (kernel[0] - 1) - 1
+    return outputs.unflatten(2, (size // stride[0] + 1, -1)) if input.ndim == 4 else outputs
 
 
 def _is_batch(input: Any, axes: int) -> bool:
     return isinstance(input, Tensor) and not isinstance(input, (StandIn, Copied)) and input.ndim == axes
 
 
-def _several(given: Any, count: int) -> tuple[int, ...]:
+def _for_each(given: Any, axes: int) -> tuple[int, ...]:
     """A setting for each axis, where it may be one number for all."""
-    return (given,) * count if isinstance(given, int) else tuple(given)
+    return (given,) * axes if isinstance(given, int) else tuple(given)

@@ -248,13 +248,11 @@ def gram_matrices(
         model: the policy.
         log_probs: computes the log-probabilities, first axis S, or their sum; they are summed over everything.
 
-    Raises:
-        ValueError: the first axis of the log-probabilities is not that of the first layer's input.
-
     Returns:
         The Gram matrix of each layer that the log-probabilities depend on, by the layer's name.
 
     Raises:
+        ValueError: the first axis of the log-probabilities is not that of the first layer's input.
         RuntimeError: a checkpoint is re-entrant. For the errors about the model see `Isopo.microbatch`.
     """
     engine = Isopo(model, NTK(), gram=gram, sketch_size=sketch_size)

@@ -5,13 +5,26 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from against_autograd import A
+from against_autograd import WIDTH, A
 from torch import Tensor
 
 from isopo_mini import engine
 from isopo_mini.engine import NTK, Isopo
 
 DAMPING = 0.3
+
+
+class Own(nn.Module):
+    """A linear layer, and something done with parameters by hand."""
+
+    def __init__(self, function: Callable[..., Tensor], *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.function = function
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.own = nn.ParameterList([nn.Parameter(torch.randn(shape)) for shape in shapes])
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.function(self.linear(inputs), *self.own)
 
 
 def assert_per_sequence(model: nn.Module, values: Callable[[], Tensor], grams: bool = True, **options: Any) -> Isopo:

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from against_autograd import WIDTH, A, Given, S, T, X, assert_clean, score
-from against_loop import assert_per_sequence
+from against_loop import Own, assert_per_sequence
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -16,19 +16,6 @@ from isopo_mini import engine
 from isopo_mini.engine import Isopo, UnhandledParameterError
 
 quiet = pytest.mark.filterwarnings("ignore:.*each sequence gets a copy")
-
-
-class Own(nn.Module):
-    """A linear layer, and something done with parameters by hand."""
-
-    def __init__(self, function: Callable[..., Tensor], *shapes: tuple[int, ...]) -> None:
-        super().__init__()
-        self.function = function
-        self.linear = nn.Linear(WIDTH, WIDTH)
-        self.own = nn.ParameterList([nn.Parameter(torch.randn(shape)) for shape in shapes])
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.function(self.linear(inputs), *self.own)
 
 
 def in_place(x: Tensor, w: Tensor) -> Tensor:

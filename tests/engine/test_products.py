@@ -8,23 +8,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from against_autograd import WIDTH, Given, S, T, X, score
-from against_loop import assert_per_sequence
+from against_loop import Own, assert_per_sequence
 from torch import Tensor
 
 from isopo_mini.engine import Isopo
-
-
-class Own(nn.Module):
-    """A linear layer, and a product with parameters of its own."""
-
-    def __init__(self, function: Callable[..., Tensor], *shapes: tuple[int, ...]) -> None:
-        super().__init__()
-        self.function = function
-        self.linear = nn.Linear(WIDTH, WIDTH)
-        self.own = nn.ParameterList([nn.Parameter(torch.randn(shape)) for shape in shapes])
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.function(self.linear(inputs), *self.own)
 
 
 def rows(x: Tensor) -> Tensor:
