@@ -42,17 +42,17 @@ class LogProbs(nn.Module):
 
 
 @contextmanager
-def ranks(timeout: float = 60.0) -> Iterator[torch.device]:
+def ranks(device_type: str = "cpu", timeout: float = 60.0) -> Iterator[torch.device]:
     """Join the processes that `torchrun` started; yields the device of this one.
 
     Args:
+        device_type: `"cpu"`, or `"cuda"` with a GPU for each process.
         timeout: seconds. A process that waits longer for the others raises, and `torchrun` then ends them all.
     """
-    if torch.cuda.is_available():
+    device = torch.device(device_type)
+    if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
@@ -133,12 +133,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--damping", type=float, default=1.0, help="ρ")
     parser.add_argument("--step-size", type=float, default=20.0, help="of SGD")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a GPU for each process")
     parser.add_argument("--own", action="store_true", help="a Gram matrix for each process instead of one for all")
     parser.add_argument("--out", type=Path, required=True, help="the table, CSV; the weights are left beside it")
     options = parser.parse_args(arguments)
     checks.require_at_least("steps", options.steps, 1)
     torch.set_num_threads(1)
-    with ranks() as device:
+    with ranks(options.device) as device:
         torch.manual_seed(options.seed)
         setup = setup_of(options.task)
         task, policy = setup.make(device)
@@ -152,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         table = train(policy, batches(), optimizer, options.damping, shared=not options.own)
         if dist.get_rank() == 0:
-            settings = {name: value for name, value in vars(options).items() if name != "out"}
+            settings = {name: value for name, value in vars(options).items() if name not in ("out", "device")}
             write_table(options.out, table, provenance(device, processes=dist.get_world_size(), **settings))
             save_model(policy, str(options.out.with_suffix(".safetensors")))
 
