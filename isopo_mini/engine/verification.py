@@ -98,7 +98,8 @@ class _Comparison:
         return self.error / self.size
 
     def __str__(self) -> str:
-        return f"'{self.name}' ({f'{self.error / self.norm:.1%} off' if self.norm else 'where there is none'})"
+        is_rounding = self.norm <= self.precision**0.5 * self.size  # of autograd's gradient, which is 0 but for that
+        return f"'{self.name}' ({'where there is none' if is_rounding else f'{self.error / self.norm:.1%} off'})"
 
 
 def _comparisons(

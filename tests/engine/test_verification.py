@@ -119,6 +119,13 @@ def test_a_mistake_is_named_where_there_are_as_many_positions_as_sequences(
         verify(model, lambda n: chosen(model(inputs[:n])), S)
 
 
+def test_a_gradient_that_cancels_is_none_and_not_quadrillions_of_percent_off() -> None:
+    """The mean over the batch takes the bias away, and autograd's gradient is the rounding that is left."""
+    model, inputs = Normalises().double(), torch.randn(S, 4, WIDTH).double()
+    with pytest.raises(ValueError, match=r"'layer\.weight' \([\d.]+% off\), 'layer\.bias' \(where there is none\);"):
+        verify(model, lambda n: chosen(model(inputs[:n])), S)
+
+
 @pytest.mark.parametrize("make_model", [TimeFirst, PositionsByLayer])
 def test_and_by_its_shape_where_there_are_not(make_model: Callable[[], nn.Module]) -> None:
     """With S = T + 1 the first number of sequences shows it; the second one, T, would not have to."""
