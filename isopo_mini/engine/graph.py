@@ -1,8 +1,8 @@
 """What a loss is computed from: autograd's graph, looked at before a backward pass runs through it.
 
 Some mistakes show in the input of no layer, and in the graph between the layers and the loss: a trainable parameter
-that is not the model's, a batch normalisation, sequences in another order, token rows that a router has chosen. A look
-costs a quarter of a microsecond a node.
+that is not the model's, a batch normalisation, sequences in another order. A look costs a quarter of a microsecond a
+node.
 """
 
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -26,11 +26,6 @@ BATCH_NORMS = {
     "SyncBatchNormBackward",
 }
 CHOICES = {"IndexBackward0", "IndexSelectBackward0", "IndexPutBackward0", "IndexCopyBackward0"}  # of rows, by index
-PARTS = {"SliceBackward0", "SplitBackward0", "SplitWithSizesBackward0"}
-VIEWS = {
-    *("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "ToCopyBackward0", "CloneBackward0"),
-    *("SqueezeBackward0", "SqueezeBackward1", "UnsqueezeBackward0"),
-}
 
 Outputs = Sequence[Tensor | GradientEdge]
 
@@ -96,11 +91,8 @@ def check_graph(num_sequences: int, own: Set[Tensor], layers: Set[Any], outputs:
         elif kind in BATCH_NORMS:
             if num_sequences > 1 and _mixes_rows(node):
                 complaints.append(_mixed(node))
-        elif kind in CHOICES:
-            if _is_reordering(node, num_sequences):
-                complaints.append(_reordered(node, num_sequences))
-        elif _takes_its_rows_for_sequences(node) and _takes_chosen_rows(node, num_sequences):
-            complaints.append(_chosen(node, num_sequences))
+        elif kind in CHOICES and _is_reordering(node, num_sequences):
+            complaints.append(_reordered(node, num_sequences))
     if is_ours and complaints:
         raise ValueError(complaints[0])
 
@@ -124,31 +116,6 @@ def _is_reordering(choice: Node, num_sequences: int) -> bool:
         return False
     order = torch.arange(num_sequences, device=rows[0].device)
     return not torch.equal(rows[0], order) and torch.equal(rows[0].sort().values, order)
-
-
-def _takes_its_rows_for_sequences(node: Node) -> bool:
-    """Is it a use of parameters whose first axis was taken for the sequences?"""
-    use = getattr(node, "use", None)
-    return isinstance(use, Use) and use.segments is None
-
-
-def _takes_chosen_rows(use: Node, num_sequences: int) -> bool:
-    """Is the input of this use made of rows that were chosen, not S times as many from each sequence in turn?"""
-    node, is_part = use.next_functions[0][0], False
-    while node is not None and (kind := type(node).__name__) not in CHOICES:
-        if kind in PARTS:
-            is_part = is_part or node._saved_dim == 0  # type: ignore[attr-defined]
-        elif kind not in VIEWS:
-            return False
-        node = node.next_functions[0][0] if node.next_functions else None
-    rows = None if node is None else _chosen_rows(node)
-    if rows is None or rows[1] is None or rows[1] % num_sequences or num_sequences == 1:
-        return False
-    if is_part:
-        return True
-    sequences = rows[0] // (rows[1] // num_sequences)
-    expected = torch.arange(num_sequences, device=sequences.device)[:, None]
-    return len(sequences) % num_sequences == 0 and bool((expected != sequences.view(num_sequences, -1)).any())
 
 
 def _chosen_rows(choice: Node) -> tuple[Tensor, int | None] | None:
@@ -191,13 +158,6 @@ def _reordered(choice: Node, num_sequences: int) -> str:
         f"parameter '{_parameter_below(choice)}': expected the S={num_sequences} sequences in the order of the "
         f"advantages, got them in another order between it and the loss; sort the batch, and the advantages, before "
         f"the model"
-    )
-
-
-def _chosen(use: Node, num_sequences: int) -> str:
-    return (
-        f"parameter '{_parameter_below(use)}': expected an input whose first axis is the S={num_sequences} sequences, "
-        f"got as many rows chosen from others, as a router does for an expert; freeze it with requires_grad_(False)"
     )
 
 

@@ -105,13 +105,17 @@ def from_history(tensor: Tensor, num_sequences: int, packed: Segments | None = N
         tensor: some input, `(N, …)`.
         num_sequences: S.
         packed: the sequences of the rows that everything begins with, if those are not the sequences.
+
+    Raises:
+        LookupError: the rows were picked from rows whose sequences are not known; they may be as many as there are
+            sequences by chance.
     """
     if tensor.ndim < 1:
         return None
     start = packed or Segments(torch.arange(num_sequences), num_sequences)
     index = None
     if tensor.grad_fn is not None:
-        index = _index(tensor.grad_fn, tensor.shape[0], start, [LONGEST_HISTORY])
+        index = _index(tensor.grad_fn, tensor.output_nr, start, [LONGEST_HISTORY])
     elif tensor._is_view() and tensor.is_contiguous():
         base = tensor._base
         if base is not None and base.is_contiguous() and base.numel() == tensor.numel():
@@ -126,42 +130,69 @@ def remember(outputs: Tensor, segments: Segments | None) -> Tensor:
     return outputs
 
 
-def _index(node: Any, rows: int, start: Segments, left: list[int]) -> Tensor | None:
-    """The sequences of the rows of a node's output, which has so many."""
+def _index(node: Any, output: int, start: Segments, left: list[int]) -> Tensor | None:
+    """The sequences of the rows of one of a node's outputs."""
     left[0] -= 1
-    if node is None or left[0] < 0:
+    if node is None or left[0] < 0 or (rows := _rows_of(node, output)) is None:
         return None
     known = node.metadata.get(KEY)
     if known is not None:
         return known.index if len(known.index) == rows else None
-    name, parents = node.name(), [parent for parent, _ in node.next_functions]
+    name = node.name()
     if name in VIEWS:
         sizes = node._saved_self_sym_sizes
-        if sizes[0] == rows:
-            return _index(parents[0], rows, start, left)
-        return _unflattened(sizes, rows, start)
-    if name == "IndexBackward0":
-        return _chosen(node, parents[0], start, left)
+        return _of_input(node, start, left) if sizes[0] == rows else _unflattened(sizes, rows, start)
+    chosen = _chosen_rows(node, name, output)
+    if chosen is not None:
+        sizes = node._saved_self_sym_sizes
+        before = _unflattened(sizes, sizes[0], start) if len(sizes) > 2 else _of_input(node, start, left)
+        if before is None and sizes[0] != len(start.index):
+            raise LookupError(f"rows picked from {sizes[0]} others whose sequences are not known")
+        if before is None:
+            return None
+        return before[chosen.to(before.device) if isinstance(chosen, Tensor) else chosen]
     if name not in SAME_ROWS and not (name in ALONG_AN_AXIS and _leaves_rows(node)):
         return None
-    for parent in parents:
-        if parent is not None and _rows_of(parent) == rows:
-            found = _index(parent, rows, start, left)
+    for parent, number in node.next_functions:
+        if parent is not None and _rows_of(parent, number) == rows:
+            found = _index(parent, number, start, left)
             if found is not None:
                 return found
     return None
 
 
-def _chosen(node: Any, parent: Any, start: Segments, left: list[int]) -> Tensor | None:
-    """The sequences of rows that were picked by one index for each."""
-    indices = list(node._saved_indices)
-    while indices and indices[-1] is None:
-        indices.pop()
-    if not indices or not all(index is not None and index.ndim == 1 for index in indices):
+def _of_input(node: Any, start: Segments, left: list[int]) -> Tensor | None:
+    """The sequences of the rows of what a node is a function of."""
+    ((parent, number), *_) = node.next_functions
+    return _index(parent, number, start, left)
+
+
+def _chosen_rows(node: Any, name: str, output: int) -> Tensor | slice | None:
+    """Which rows of its input an output has, by one index for each or as a part; None if it is another function."""
+    if name == "IndexBackward0":
+        indices = list(node._saved_indices)
+        while indices and indices[-1] is None:
+            indices.pop()
+        one_each = bool(indices) and all(index is not None and index.ndim == 1 for index in indices)
+        return indices[0] if one_each else None
+    if getattr(node, "_saved_dim", None) != 0:
         return None
-    sizes = node._saved_self_sym_sizes
-    before = _unflattened(sizes, sizes[0], start) if len(sizes) > 2 else _index(parent, sizes[0], start, left)
-    return None if before is None else before[indices[0].to(before.device)]
+    if name == "IndexSelectBackward0":
+        return cast(Tensor, node._saved_index)
+    if name == "SliceBackward0":
+        return slice(_signed(node._saved_start), _signed(node._saved_end), node._saved_step)
+    if name == "SplitBackward0":
+        begin = output * node._saved_split_size
+    elif name == "SplitWithSizesBackward0":
+        begin = sum(node._saved_split_sizes[:output])
+    else:
+        return None
+    return slice(begin, begin + cast(int, _rows_of(node, output)))
+
+
+def _signed(number: int) -> int:
+    """A negative −n is kept as 2⁶⁴ − n."""
+    return number if number < 2**63 else number - 2**64
 
 
 def _leaves_rows(node: Any) -> bool:
@@ -170,14 +201,13 @@ def _leaves_rows(node: Any) -> bool:
     if axes is None:
         return False
     axes = axes if isinstance(axes, tuple) else (axes,)
-    # A negative axis −n is kept as 2⁶⁴ − n.
     longest = len(getattr(node, "_saved_self_sym_sizes", node._input_metadata[0].shape))
-    return bool(axes) and all((axis if axis < 2**63 else axis - 2**64) % longest != 0 for axis in axes)
+    return bool(axes) and all(_signed(axis) % longest != 0 for axis in axes)
 
 
-def _rows_of(node: Any) -> int | None:
-    """The length of the first axis of a node's output."""
-    shape = node._input_metadata[0].shape
+def _rows_of(node: Any, output: int) -> int | None:
+    """The length of the first axis of one of a node's outputs."""
+    shape = node._input_metadata[output].shape
     return int(shape[0]) if len(shape) else None
 
 

@@ -90,18 +90,21 @@ class Slot:
 
     def check_input(self, tensor: Tensor, axes: int) -> Segments | None:
         """At least `axes` axes must be there, and the first must be the sequences; or else whose its rows are."""
-        sequences = self.layer.expected_sequences(tensor)
-        segments = self.layer.segments
-        if segments is not None:
-            if segments.are_rows_of(tensor) and tensor.ndim >= axes - 1 + len(segments.shape):
-                return segments
-        elif tensor.ndim >= axes and tensor.shape[0] == sequences:
-            if tensor.ndim > axes or tensor.grad_fn is None:
+        sequences, segments = self.layer.expected_sequences(tensor), self.layer.segments
+        if segments is not None and segments.are_rows_of(tensor) and tensor.ndim >= axes - 1 + len(segments.shape):
+            return segments
+        if tensor.ndim >= axes:
+            has_their_length = segments is None and tensor.shape[0] == sequences
+            if has_their_length and (tensor.ndim > axes or tensor.grad_fn is None):
                 return None
-            found = from_history(tensor, sequences)  # an expert may be given S tokens
-            return None if found is None or found.are_sequences() else found
-        if tensor.ndim >= axes and (found := from_history(tensor, sequences, segments)) is not None:
-            return found
+            try:  # an expert may be given S tokens
+                found = from_history(tensor, sequences, segments)
+            except LookupError:
+                found, has_their_length = None, False
+            if has_their_length and (found is None or found.are_sequences()):
+                return None
+            if found is not None:
+                return found
         raise ValueError(
             f"parameter '{self.name}': expected an input whose first axis is the S={sequences} sequences"
             f"{'' if segments is None else f', in the segments {segments.shape}'}, got shape {tuple(tensor.shape)}; "

@@ -113,12 +113,34 @@ def test_an_expert_that_gets_nothing_has_no_gradient() -> None:
     assert not experts.first.grad[1].any()
 
 
+PARTS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
+    "as many rows as sequences": lambda x: x.split(S),
+    "chunks": lambda x: x.chunk(5),
+    "of different lengths": lambda x: x.split([2, 7, 3]),
+    "slices": lambda x: (x[:5], x[5:-3], x[-3:]),
+    "selected": lambda x: (x.index_select(0, torch.arange(7)), x.narrow(0, 7, 5)),
+    "parts of parts": lambda x: (*x[:8].split(3), *(x[8:] * 1.0).chunk(2)),
+}
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_parts_of_flattened_rows(parts: str) -> None:
+    """As experts get them when the tokens were sorted first."""
+
+    def apply(m: nn.Module, x: Tensor) -> Tensor:
+        return torch.cat([m(part) for part in PARTS[parts](x.view(-1, WIDTH))]).unflatten(0, (S, T))
+
+    model = After(feed_forward(), apply).double()
+    assert_per_sequence(model, lambda: score(model(X)))
+
+
 UNKNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "sorted": lambda x: x.reshape(-1, WIDTH).sort(dim=0)[0],
     "positions first": lambda x: x.transpose(0, 1).reshape(-1, WIDTH),
     "joined": lambda x: torch.cat([x[:, 0], x[:, 1], x[:, 2]]),
     "cumulated over all": lambda x: x.view(-1, WIDTH).softmax(0),
-    "a multiple by chance": lambda x: x.flatten().view(-1, 1).expand(-1, WIDTH)[: S * 7].clone(),
+    "a multiple by chance": lambda x: x.flatten().cumsum(0).view(-1, 1).expand(-1, WIDTH)[: S * 7].clone(),
+    "as many as sequences, by chance": lambda x: x.reshape(-1, WIDTH).sort(dim=0)[0][torch.tensor([0, 5, 2, 7])],
 }
 
 
