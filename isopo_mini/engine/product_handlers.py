@@ -72,7 +72,7 @@ def _product(inputs: Any, weight: Any, bias: Any, transposed: bool) -> Any:
     """x Wᵀ + b, or x W + b with `transposed`; W may be a transpose itself."""
     if isinstance(weight, Copied):
         weight, transposed = weight.transpose_of, not transposed
-    if any(isinstance(each, (StandIn, Copied)) for each in (inputs,)) or isinstance(bias, Copied) or weight is None:
+    if isinstance(inputs, (StandIn, Copied)) or isinstance(bias, Copied) or weight is None:
         return NotImplemented
     if len(shape_of(weight)) != 2 or inputs.ndim < 2:
         return NotImplemented

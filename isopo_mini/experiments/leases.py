@@ -14,7 +14,7 @@ import socket
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -54,6 +54,14 @@ def left(folder: Path) -> list[str]:
     """The names of the leases whose holders are gone."""
     # Not the lock, nor the files of a moment that `_now_of` makes: their names begin with a dot.
     return sorted(path.name for path in (folder / FOLDER).glob("[!.]*") if _is_void(path))
+
+
+def sweep(folder: Path, names: Collection[str]) -> None:
+    """Take away the void leases of these names: of runs whose process died after it had written their record."""
+    for path in [folder / FOLDER / name for name in left(folder) if name in names]:
+        with _lock(path.parent):
+            if _is_void(path):  # still
+                path.unlink()
 
 
 def _holder() -> dict[str, str | int]:

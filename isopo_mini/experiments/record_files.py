@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from isopo_mini.experiments.leases import lease
+from isopo_mini.experiments.leases import lease, sweep
 from isopo_mini.writing import is_unfinished, write_atomically
 
 FOLDER = "records"
@@ -97,15 +97,21 @@ def _names_of(path: Path, changed: int, size: int) -> frozenset[str]:
 
 
 def pack(folder: Path) -> None:
-    """Make lines of `records.jsonl` of all loose records. Whoever is killed on the way leaves them in both places."""
+    """Make lines of `records.jsonl` of all loose records. Whoever is killed on the way leaves them in both places.
+
+    A process that was killed between a run's record and the end of its lease has left the lease: nobody asks for that
+    run again, so it goes here.
+    """
     with lease(folder, "pack") as ours:
-        loose = _loose(folder) if ours else {}
+        if not ours:
+            return
+        loose, packed = _loose(folder), _packed(folder)
         if loose:
-            packed = _packed(folder)
             lines = [json.dumps(record, allow_nan=False) for record in (packed | loose).values()]
             write_atomically(folder / PACKED, "".join(f"{line}\n" for line in lines))
             for name in loose:
                 (folder / FOLDER / name).unlink()
+        sweep(folder, packed.keys() | loose.keys())
 
 
 def _loose(folder: Path) -> dict[str, dict[str, Any]]:

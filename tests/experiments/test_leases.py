@@ -54,6 +54,16 @@ def test_an_error_gives_it_back(tmp_path: Path) -> None:
     assert held(tmp_path) == []
 
 
+def test_only_void_ones_are_swept_away_and_only_those_named(tmp_path: Path) -> None:
+    void = leave(tmp_path, leases.socket.gethostname(), ended_process())
+    with lease(tmp_path, "two"):
+        leases.sweep(tmp_path, ["two", "three"])
+        assert (left(tmp_path), held(tmp_path)) == (["one"], ["two"])
+        leases.sweep(tmp_path, ["one", "two"])
+        assert (left(tmp_path), held(tmp_path)) == ([], ["two"])
+    assert not void.exists()
+
+
 def test_of_many_who_ask_at_once_one_gets_it(tmp_path: Path) -> None:
     def ask(_: int) -> bool:
         with lease(tmp_path, "one") as ours:

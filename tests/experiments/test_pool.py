@@ -118,6 +118,17 @@ def test_what_is_packed_and_loose_is_there_once(tmp_path: Path) -> None:
         read_records(tmp_path)
 
 
+def test_whoever_was_killed_after_the_record_leaves_no_lease(tmp_path: Path) -> None:
+    runs = grid("bandit", {"reinforce": [0.1]}, [0, 1], **SMALL)
+    run_all(runs, tmp_path)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    lease = tmp_path / "running" / runs[0].file_name
+    lease.write_text(json.dumps({"host": socket.gethostname(), "process": ended.pid}))
+    run_all(runs, tmp_path)
+    assert not lease.exists()
+
+
 def test_records_of_other_code_are_refused_unless_asked(tmp_path: Path) -> None:
     line = ["bandit", "--rules", "reinforce", "--learning-rates", "0.1", "--steps", "2", "--processes", "1", "--out"]
     main([*line, str(tmp_path / "out")])
