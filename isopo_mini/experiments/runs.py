@@ -160,6 +160,7 @@ def _learn(settings: Run, task: _Watched, policy: nn.Module) -> tuple[dict[str, 
             sequences_per_step=sequences,
             evaluate_every=every,
             progress=False,
+            measure=setup.measure,
         )
     except (FloatingPointError, ValueError, RuntimeError) as error:
         if not isinstance(error, FloatingPointError) and not _has_diverged(policy, task.last):

@@ -17,6 +17,7 @@ from isopo_mini.objectives.advantages import leave_one_out
 from isopo_mini.objectives.values import episode_advantages
 from isopo_mini.policies import MLP, CausalTransformer
 from isopo_mini.policies.checkpoints import load_policy, read_origin
+from isopo_mini.policies.pretrained import PretrainedPolicy, load_smollm2
 from isopo_mini.rules.rule_parts import (
     Advantages,
     batch_advantages,
@@ -25,6 +26,7 @@ from isopo_mini.rules.rule_parts import (
 )
 from isopo_mini.tasks import CartPole, ContextualBandit, TokenTask, make_task
 from isopo_mini.tasks.bandit_instances import FEATURES, MEAN_REWARDS
+from isopo_mini.tasks.reasoning import ReasoningTask
 from isopo_mini.training.loop import Task
 
 
@@ -61,6 +63,7 @@ class Setup:
         more_advantages: those that only this task has, by name.
         evaluations: points of a learning curve, at most, beside the one before the first step.
         lowest: what the return cannot be below: the score of a run that broke down.
+        measure: whether `train` measures entropy and KL, which costs two forward passes a batch.
     """
 
     description: str
@@ -74,6 +77,7 @@ class Setup:
     more_advantages: Mapping[str, Advantages] = field(default_factory=dict)
     evaluations: int = 20
     lowest: float = 0.0
+    measure: bool = True
 
     @property
     def all_advantages(self) -> dict[str, Advantages]:
@@ -97,6 +101,12 @@ def cartpole(device: torch.device) -> tuple[CartPole, MLP]:
 def tokens(device: torch.device, *, task: str, weights: str) -> tuple[TokenTask, CausalTransformer]:
     """A task of `tasks.tokens` with a policy that starts from saved weights, the same for every seed."""
     return make_task(task), load_policy(start_weights(weights, task), device=device)
+
+
+def language(device: torch.device) -> tuple[ReasoningTask, PretrainedPolicy]:
+    """Sums and differences of two digits, after one solved example, for SmolLM2-135M: all its weights are trained."""
+    policy, tokenizer = load_smollm2(device=device)
+    return ReasoningTask(tokenizer, "chain_sum", min_terms=2, max_terms=2, min_digits=1, max_digits=1), policy
 
 
 # Where weights may be: in the package, however it was installed, and under the folder that the command is given in.
@@ -177,6 +187,15 @@ SETUPS: dict[str, Setup] = {
         weights="addition_large",
         sequences=512,
         steps=200,
+    ),
+    "language": Setup(
+        "SmolLM2-135M on sums of reasoning-gym, 8 prompts x 8 answers; needs the extra `language`",
+        language,
+        sequences=64,
+        steps=20,
+        target=0.8,
+        evaluations=4,
+        measure=False,
     ),
 }
 

@@ -3,6 +3,7 @@
 from isopo_mini.policies.categorical import CategoricalPolicy, categorical_kl, entropy, kl_divergence
 from isopo_mini.policies.checkpoints import load_policy, read_origin, save_policy
 from isopo_mini.policies.mlp import MLP
+from isopo_mini.policies.pretrained import PretrainedPolicy, load_smollm2
 from isopo_mini.policies.sampling import Sampled
 from isopo_mini.policies.softmax import LinearSoftmax, TabularSoftmax, softmax_fisher
 from isopo_mini.policies.transformer import CausalTransformer
@@ -12,12 +13,14 @@ __all__ = [
     "CategoricalPolicy",
     "CausalTransformer",
     "LinearSoftmax",
+    "PretrainedPolicy",
     "Sampled",
     "TabularSoftmax",
     "categorical_kl",
     "entropy",
     "kl_divergence",
     "load_policy",
+    "load_smollm2",
     "read_origin",
     "save_policy",
     "softmax_fisher",

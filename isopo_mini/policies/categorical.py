@@ -78,6 +78,16 @@ def entropy(logits: Float[Tensor, "*B A"], mask: Bool[Tensor, "*B"] | None = Non
     return _mean(torch.special.entr(logits.double().softmax(-1)).sum(dim=-1), mask)
 
 
+def action_log_probs(
+    logits: Float[Tensor, "*B A"], actions: Int[Tensor, "*B"], mask: Bool[Tensor, "*B"]
+) -> Float[Tensor, "*B"]:
+    """log softmax(logits) at the actions, `(...)`, in at least single precision; 0 where the mask is False."""
+    # Padding may hold any action, even an impossible one such as -1.
+    actions = actions.masked_fill(~mask, 0)
+    log_probs = at_least_float32(logits).log_softmax(dim=-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+    return log_probs.masked_fill(~mask, 0.0)
+
+
 class CategoricalPolicy(nn.Module):
     """A policy over A actions. Subclasses define `logits(observations)`, of shape `(..., A)`.
 
@@ -108,10 +118,7 @@ class CategoricalPolicy(nn.Module):
         logits = self.logits(batch.observations)  # (S, T, A)
         sizes = checks.require_shape("batch.mask", batch.mask, "S T")
         checks.require_shape("logits(batch.observations)", logits, "S T A", sizes)
-        # Padding may hold any action, even an impossible one such as -1.
-        actions = batch.actions.masked_fill(~batch.mask, 0)
-        log_probs = at_least_float32(logits).log_softmax(dim=-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-        return log_probs.masked_fill(~batch.mask, 0.0)
+        return action_log_probs(logits, batch.actions, batch.mask)
 
     @torch.no_grad()
     def sample_actions(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from isopo_mini import checks
 from isopo_mini.policies.categorical import CategoricalPolicy
-from isopo_mini.policies.sampling import Sampled, check_prompts, tempered_log_probs
+from isopo_mini.policies.sampling import Sampled, check_options, check_prompts, continue_prompts
 
 
 class Attention(nn.Module):
@@ -139,8 +139,6 @@ class CausalTransformer(CategoricalPolicy):
             x = block(x, None if cache is None else cache[index], start)
         return self.final_norm(x)
 
-    # no_grad and not inference_mode: what is sampled here is differentiated through later.
-    @torch.no_grad()
     def sample(
         self,
         prompts: Int[Tensor, "N P"],
@@ -156,8 +154,7 @@ class CausalTransformer(CategoricalPolicy):
     ) -> Sampled:
         """Continue every prompt, one token at a time, until its end token or `max_new_tokens`.
 
-        All rows advance together. While a row is still inside its prompt, its next token is the prompt's;
-        after that it is drawn. The same generator gives the same tokens with and without the cache, unless a
+        The same generator gives the same tokens with and without the cache, unless a
         draw falls within rounding error of the border between two tokens.
 
         Args:
@@ -181,49 +178,59 @@ class CausalTransformer(CategoricalPolicy):
             TypeError: prompts or lengths are no int64 tensors.
             ValueError: a shape, length, token or temperature is out of range, or the context is too short.
         """
-        checks.require_at_least("max_new_tokens", max_new_tokens, 1)
-        checks.require_at_least("responses_per_prompt", responses_per_prompt, 1)
-        checks.require_at_least("temperature", temperature, 0)
-        lengths = check_prompts(prompts, prompt_lengths, self.vocabulary_size, self.head.weight)
-        for name, token in [("pad_token", pad_token), ("end_token", 0 if end_token is None else end_token)]:
-            if not 0 <= token < self.vocabulary_size:
-                raise ValueError(f"{name}: expected a token from 0 to {self.vocabulary_size - 1}, got {token}")
-        first, longest = int(lengths.min()), int(lengths.max())
+        size = self.vocabulary_size
+        ends = {} if end_token is None else {"end_token": (end_token, size)}
+        check_options(max_new_tokens, responses_per_prompt, temperature, pad_token=(pad_token, size), **ends)
+        lengths = check_prompts(prompts, prompt_lengths, size, self.head.weight)
+        longest = int(lengths.max())
         total = longest + max_new_tokens
         if total - 1 > self.context_length:  # the last token is never read
             raise ValueError(
                 f"max_new_tokens: expected longest prompt + max_new_tokens - 1 <= context_length="
                 f"{self.context_length}, got {longest} + {max_new_tokens} - 1"
             )
-        device, dtype = self.head.weight.device, self.head.weight.dtype
-        inside = torch.arange(longest, device=device) < lengths[:, None]
-        tokens = torch.full((len(prompts), total), pad_token, device=device)
-        tokens[:, :longest] = prompts[:, :longest].where(inside, pad_token)
-        tokens = tokens.repeat_interleave(responses_per_prompt, dim=0)  # (S, total)
-        lengths = lengths.repeat_interleave(responses_per_prompt)
-        mask = torch.zeros_like(tokens, dtype=torch.bool)
-        log_probs = torch.zeros_like(tokens, dtype=torch.promote_types(dtype, torch.float32))
-        last = lengths + max_new_tokens  # where a row stops; its end token brings that forward
-        cache = None
-        if use_cache:
-            shape = (len(self.blocks), 2, len(prompts), self.heads, total - 1, self.width // self.heads)
-            cache = torch.empty(shape, device=device, dtype=dtype)
-        for position in range(first, total):
-            # With a cache: first the part that lies inside every prompt, then one token at a time.
-            start = 0 if cache is None or position == first else position - 1
-            copies = responses_per_prompt if cache is not None and position == first else 1
-            logits = self.head(self._hidden(tokens[::copies, start:position], cache, start)[:, -1])  # (S, V)
-            if cache is not None and copies > 1:  # every row goes its own way from here
-                logits, cache = logits.repeat_interleave(copies, dim=0), cache.repeat_interleave(copies, dim=2)
-            all_log_probs = tempered_log_probs(logits, temperature)
-            drawn = torch.multinomial(all_log_probs.exp(), 1, generator=generator)  # (S, 1)
-            acting = (lengths <= position) & (position < last)
-            mask[:, position] = acting
-            tokens[:, position] = torch.where(acting, drawn[:, 0], tokens[:, position])
-            log_probs[:, position] = all_log_probs.gather(1, drawn)[:, 0].where(acting, 0.0)
-            if end_token is not None:
-                last = torch.where(acting & (drawn[:, 0] == end_token), position + 1, last)
-                if bool((last <= position + 1).all()):
-                    break
-        end = position + 1
-        return Sampled(tokens[:, : end - 1], tokens[:, 1:end], mask[:, 1:end], log_probs[:, 1:end])
+        return continue_prompts(
+            _Cached(self, len(prompts), total - 1) if use_cache else _Forgetful(self),
+            prompts,
+            lengths,
+            max_new_tokens,
+            responses_per_prompt=responses_per_prompt,
+            end_token=end_token,
+            pad_token=pad_token,
+            temperature=temperature,
+            dtype=torch.promote_types(self.head.weight.dtype, torch.float32),
+            generator=generator,
+        )
+
+
+class _Forgetful:
+    """Reads everything again for every token. See `sampling.Reader`."""
+
+    remembers = False
+
+    def __init__(self, policy: CausalTransformer) -> None:
+        self.policy = policy
+
+    def read(self, tokens: Int[Tensor, "N t"], start: int) -> Float[Tensor, "N V"]:
+        return self.policy.head(self.policy._hidden(tokens)[:, -1])
+
+    def repeat(self, copies: int) -> None:
+        """There is nothing to repeat."""
+
+
+class _Cached:
+    """Keeps keys and values, `(layers, 2, N, H, C, d)`. See `sampling.Reader`."""
+
+    remembers = True
+
+    def __init__(self, policy: CausalTransformer, rows: int, length: int) -> None:
+        self.policy = policy
+        weight = policy.head.weight
+        shape = (len(policy.blocks), 2, rows, policy.heads, length, policy.width // policy.heads)
+        self.cache = torch.empty(shape, device=weight.device, dtype=weight.dtype)
+
+    def read(self, tokens: Int[Tensor, "N t"], start: int) -> Float[Tensor, "N V"]:
+        return self.policy.head(self.policy._hidden(tokens, self.cache, start)[:, -1])
+
+    def repeat(self, copies: int) -> None:
+        self.cache = self.cache.repeat_interleave(copies, dim=2)

@@ -11,6 +11,7 @@ from isopo_mini.tasks.lqr_minimum import local_minimum
 from isopo_mini.tasks.mdp import MDP, npg_step
 from isopo_mini.tasks.mdp_instances import random_mdp
 from isopo_mini.tasks.occupancy import solve_linear_program
+from isopo_mini.tasks.reasoning import ReasoningTask
 from isopo_mini.tasks.token_task import TokenTask
 from isopo_mini.tasks.tokens import Addition, Brackets, ModularArithmetic, Sorting, make_task
 
@@ -24,6 +25,7 @@ __all__ = [
     "Episodes",
     "LinearQuadratic",
     "ModularArithmetic",
+    "ReasoningTask",
     "Sorting",
     "TokenTask",
     "bandit",

@@ -41,6 +41,7 @@ def train(
     sequences_per_step: int = 64,
     evaluate_every: int = 1,
     progress: bool = True,
+    measure: bool = True,
 ) -> pd.DataFrame:
     """Train the policy in place: `steps` times sample a batch, let the rule use it once, and measure.
 
@@ -56,6 +57,7 @@ def train(
         sequences_per_step: sequences S in every batch.
         evaluate_every: evaluate after every so many iterations, and after the last; NaN in between.
         progress: show a bar, once the run has lasted two seconds and unless the environment says TQDM_DISABLE=1.
+        measure: entropy and KL, which take two more forward passes of everything; NaN without.
 
     Returns:
         One row an iteration:
@@ -94,7 +96,7 @@ def train(
         seconds += _now(device) - started
         if not isinstance(batch, Batch):
             raise TypeError(f"task.sample: expected it to return a Batch, got {type(batch).__name__}")
-        logits_before = _logits(policy, batch)
+        logits_before = _logits(policy, batch) if measure else None
         started = _now(device)
         metrics = _numbers("rule.step", rule.step(policy, batch, optimizer))
         seconds += _now(device) - started
@@ -109,8 +111,7 @@ def train(
             "backward_passes": backward_passes,
             "seconds": seconds,
             "reward": batch.total_rewards().mean().item(),
-            "entropy": diagnostics.entropy(logits_before, batch.mask).item(),
-            "kl": diagnostics.kl_divergence(logits_before, _logits(policy, batch), batch.mask).item(),
+            **_moved(policy, batch, logits_before),
         }
         _add(row, "rule.step", metrics)
         if step % evaluate_every == 0 or step == steps:
@@ -123,6 +124,16 @@ def train(
 def _logits(policy: Any, batch: Batch) -> Tensor:
     """The policy's logits (S, T, A) at the batch's observations, without gradient."""
     return repeatable(policy, lambda: policy.logits(batch.observations))
+
+
+def _moved(policy: Any, batch: Batch, logits_before: Tensor | None) -> dict[str, float]:
+    """Entropy before a step and KL(before ‖ after), over the batch's real positions; NaN if nothing was measured."""
+    if logits_before is None:
+        return {"entropy": math.nan, "kl": math.nan}
+    return {
+        "entropy": diagnostics.entropy(logits_before, batch.mask).item(),
+        "kl": diagnostics.kl_divergence(logits_before, _logits(policy, batch), batch.mask).item(),
+    }
 
 
 def _now(device: torch.device) -> float:

