@@ -7,7 +7,7 @@
 The optimizer is a part of the method: a family of rules is searched with all four, or with those that it names, from
 four step sizes a factor of four apart (of two in the ablations), on by factors of two. Where the search starts depends
 on the scale of the rule's step and on the optimizer alone; it ends where it ends. Three seeds choose (on CartPole ten)
-and ten others report.
+and ten others report. `language` needs the packages of `make models` and is smaller.
 """
 
 import argparse
@@ -42,6 +42,13 @@ SMALL_NETWORK = {
     "whole Fisher": {"sgd": 0.1, "momentum": 0.02} | ADAPTIVE,
     "trust region": {"sgd": 0.001},  # a bound on the KL: there is no optimizer
     "nats": {"sgd": 1e-4, "adamw": 1e-4},
+}
+# SmolLM2-135M: about where three batches of a first trial learned something.
+PRETRAINED = {
+    "gradient": {"adamw": 2.5e-6},
+    "layer": {"momentum": 2.5e-3},
+    "natural": {"sgd": 0.125},
+    "old policy": {"adamw": 2.5e-6},
 }
 ALL = tuple(OPTIMIZERS)
 ENDS = ("sgd", "adamw")  # of what is compared only in the attribution table, or only checks another family
@@ -159,6 +166,14 @@ LONG = {
     "layer_scaled": Family("layer", ("momentum",)),
     "reinforce": Family("gradient", ("muon",)),
 }
+# A real language model, each rule with the optimizer that suited it best on addition, one seed to choose, three to
+# report: about an hour.
+LANGUAGE = {
+    "reinforce": Family("gradient", ("adamw",)),
+    "grpo" + ONE_PASS: Family("old policy", ("adamw",)),
+    "fisher": Family("layer", ("momentum",)),
+    WINNER: Family("natural", ("sgd",)),
+}
 # Is one length of a step, in nats, best for all rules and tasks?
 NATS = {
     f"{rule}step=kl": Family("nats", ("sgd",))
@@ -177,9 +192,10 @@ class Grid:
         task: a name of `setups.SETUPS`.
         rules: the families.
         options: others of the command.
-        starts: `TRANSFORMER` or `SMALL_NETWORK`.
+        starts: `TRANSFORMER`, `SMALL_NETWORK` or `PRETRAINED`.
         report: what is reported.
         factor: between the first step sizes.
+        report_seeds: of the runs that are reported.
     """
 
     task: str
@@ -188,6 +204,7 @@ class Grid:
     starts: dict[str, dict[str, float]]
     report: tuple[str, ...] = BEST
     factor: int = FACTOR
+    report_seeds: range = REPORT_SEEDS
 
     def command(self, name: str) -> list[str]:
         """The arguments of `python -m isopo_mini.experiments`."""
@@ -198,7 +215,7 @@ class Grid:
             if optimizer in family.optimizers
         ]
         line = [self.task, "--rules", *rules, "--search", "--report", *self.report]
-        line += ["--report-seeds", *map(str, REPORT_SEEDS), *self.options.split()]
+        line += ["--report-seeds", *map(str, self.report_seeds), *self.options.split()]
         return [*line, "--out", f"results/{name}"]
 
 
@@ -227,6 +244,7 @@ GRIDS = {
     "kl_cartpole": Grid("cartpole", SMALL_NATS, CARTPOLE_OPTIONS, SMALL_NETWORK),
     "sorting_60": Grid("sorting", OTHER_TASKS, OPTIONS, TRANSFORMER),
     "modular_60": Grid("modular", OTHER_TASKS, OPTIONS, TRANSFORMER),
+    "language": Grid("language", LANGUAGE, "--seeds 0", PRETRAINED, report_seeds=range(100, 103)),
 }
 
 

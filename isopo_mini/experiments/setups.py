@@ -189,12 +189,12 @@ SETUPS: dict[str, Setup] = {
         steps=200,
     ),
     "language": Setup(
-        "SmolLM2-135M on sums of reasoning-gym, 8 prompts x 8 answers; needs the extra `language`",
+        "SmolLM2-135M on sums of reasoning-gym, 4 prompts x 8 answers; needs the extra `language`",
         language,
-        sequences=64,
-        steps=20,
+        sequences=32,
+        steps=12,
         target=0.8,
-        evaluations=4,
+        evaluations=3,
         measure=False,
     ),
 }

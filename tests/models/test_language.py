@@ -24,6 +24,7 @@ from isopo_mini.rules.one_step import NtkIsopo, Reinforce
 from isopo_mini.rules.rule_parts import standardised_advantages
 from isopo_mini.tasks import reasoning
 from isopo_mini.tasks.reasoning import ReasoningTask
+from isopo_mini.training.loop import Task
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -254,6 +255,7 @@ def test_it_is_an_experiment_like_the_others(monkeypatch: pytest.MonkeyPatch, po
     from isopo_mini.experiments import setups
 
     monkeypatch.setattr(setups, "load_smollm2", lambda device: (policy, make_tokenizer()))
+    assert isinstance(setups.setup_of("language").make(torch.device("cpu"))[0], Task)
     record = run(Run("language", "ntk:scale=natural,gram=sketched", 1e-3, 0, optimizer="sgd", sequences=16, steps=2))
     assert record["status"] == "finished"
     assert record["curve"]["return"] == pytest.approx([0.0] * 3, abs=0.2)
