@@ -106,6 +106,13 @@ def test_evaluation_is_skipped_between_but_never_at_the_end() -> None:
     assert table["kl"].notna().all()
 
 
+def test_what_is_not_measured_is_nan_and_changes_nothing_else() -> None:
+    measured, not_measured = run(), run(measure=False)
+    assert not_measured[["entropy", "kl"]].isna().all(axis=None)
+    same = [name for name in measured if name not in ("entropy", "kl", "seconds")]
+    pd.testing.assert_frame_equal(measured[same], not_measured[same])
+
+
 def test_rewards_per_step_are_summed_over_real_positions() -> None:
     class TwoSteps(ThreeArms):
         def sample(self, policy: nn.Module, num_sequences: int, generator: torch.Generator | None = None) -> Batch:
