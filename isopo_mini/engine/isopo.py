@@ -22,6 +22,7 @@ from isopo_mini.engine import (  # noqa: F401  (importing registers them)
     convolution_handlers,
     handlers,
     product_handlers,
+    recurrent_handlers,
 )
 from isopo_mini.engine.across_ranks import GatheredGradients, Ranks
 from isopo_mini.engine.fallback import MAX_BYTES, Fallback
