@@ -37,14 +37,16 @@ def _do_nothing() -> None:
 
 def _refuse_another_order(module: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Packing sorts sequences by their lengths, and PyTorch's function is not told in which order they were."""
-    if not inputs or not isinstance(inputs[0], PackedSequence):
+    if not inputs or not isinstance(inputs[0], PackedSequence) or not torch.is_grad_enabled():
         return
     order = inputs[0].sorted_indices
     if order is None or torch.equal(order, torch.arange(len(order), device=order.device)):
         return
-    name = next(name for name, parameter in module.named_parameters())
+    names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    if not names:
+        return
     raise ValueError(
-        f"parameter '{name}' of {type(module).__name__}: expected packed sequences in the order of the advantages, got "
-        f"them sorted by length; sort the batch by decreasing length before the model, the advantages with it, and "
+        f"parameter '{names[0]}' of {type(module).__name__}: expected packed sequences in the order of the advantages, "
+        f"got them sorted by length; sort the batch by decreasing length before the model, the advantages with it, and "
         f"pack with enforce_sorted=True"
     )
