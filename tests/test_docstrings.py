@@ -46,6 +46,8 @@ INTERNAL = {
     "isopo_mini.engine.parameter_gradients",
     "isopo_mini.engine.places",
     "isopo_mini.engine.product_handlers",
+    "isopo_mini.engine.recurrent_handlers",
+    "isopo_mini.engine.recurrent_modules",
     "isopo_mini.engine.reports",
     "isopo_mini.engine.segments",
     "isopo_mini.engine.sequence_axis",

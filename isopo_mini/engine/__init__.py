@@ -8,7 +8,8 @@
 
 The way of a gradient through this room:
 
-1. `stand_in`: while a microbatch is open, a stand-in takes the place of every trainable parameter (where: `places`);
+1. `stand_in`: while a microbatch is open, a stand-in takes the place of every trainable parameter (where: `places`, and
+   `recurrent_modules`);
 2. `layer_functions`: it sends each use (`F.linear`, `F.embedding`, …) to one of the `handlers`, which computes the same
    forward and keeps the two factors of the weight's gradient in the backward pass instead of multiplying them; what no
    handler covers goes to the `fallback`, where each sequence gets one of the `copies` of the parameter;

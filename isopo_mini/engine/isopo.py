@@ -22,6 +22,7 @@ from isopo_mini.engine import (  # noqa: F401  (importing registers them)
     convolution_handlers,
     handlers,
     product_handlers,
+    recurrent_handlers,
 )
 from isopo_mini.engine.across_ranks import GatheredGradients, Ranks
 from isopo_mini.engine.fallback import MAX_BYTES, Fallback
@@ -122,7 +123,7 @@ class Isopo:
             mask: the positions that the token-sampled Fisher norm may draw; all positions when None.
             segments: for packed sequences, several in a row: the sequence of every token, from 0 to S − 1 or negative
                 for padding that has no part in the loss. It has the shape of the tokens, `(1, N)` or `(R, T)`. No layer
-                may mix the sequences of a row; an attention is told their `position_ids`.
+                may mix the sequences of a row; an attention is told their `position_ids`. `verify` can check it.
             loss_scale: s > 0, where s times that sum is differentiated. `.grad` is then s times the step. The engine
                 cannot see s; untold, it would make of a Fisher-normalised step, divided by s again, s⁻² times that
                 step. Do not count a `torch.amp.GradScaler`: its method `scale` is noticed inside the block.

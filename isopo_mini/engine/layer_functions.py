@@ -30,17 +30,17 @@ def matrix_product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None, *
     """
     slots = _slots(weight, bias)
     use = Use(slots, _segments(slots, inputs, [2, 2]), transposed)
-    matrix = _plain(weight).T if transposed else _plain(weight).flatten(1)
+    matrix = values_of(weight).T if transposed else values_of(weight).flatten(1)
     if slots[0] is None and weight.requires_grad:  # a weight that was computed: its gradient is autograd's affair
         return scale_and_shift(F.linear(inputs, matrix), None, bias)
     tape = _tape(slots)
     if tape is not None:
-        outputs = F.linear(inputs, matrix, _plain(bias))
+        outputs = F.linear(inputs, matrix, values_of(bias))
         kept = inputs.detach().to(outputs.dtype)
         report = partial(reports.matrix_product, use, kept)
         outputs = tape.note(outputs, report if slots[0] is None else _if_unchanged(use, kept, report))
     else:
-        outputs = _MatrixProduct.apply(use, inputs, matrix, _plain(bias), *_gates(slots))
+        outputs = _MatrixProduct.apply(use, inputs, matrix, values_of(bias), *_gates(slots))
     return remember(outputs, use.segments)
 
 
@@ -73,11 +73,11 @@ def scale_and_shift(inputs: Tensor, scale: Tensor | None, shift: Tensor | None) 
     use = Use(slots, _segments(slots, inputs, [1 + slot.parameter.ndim if slot else 0 for slot in slots]))
     tape = _tape(slots)
     if tape is not None:
-        outputs, kept = _scaled_and_shifted(inputs, _plain(scale), _plain(shift)), inputs.detach()
+        outputs, kept = _scaled_and_shifted(inputs, values_of(scale), values_of(shift)), inputs.detach()
         report = partial(reports.scale_and_shift, use, kept)
         outputs = tape.note(outputs, report if slots[0] is None else _if_unchanged(use, kept, report))
     else:
-        outputs = _ScaleAndShift.apply(use, inputs, _plain(scale), _plain(shift), *_gates(slots))
+        outputs = _ScaleAndShift.apply(use, inputs, values_of(scale), values_of(shift), *_gates(slots))
     return remember(outputs, use.segments)
 
 
@@ -166,6 +166,11 @@ def shape_of(tensor: Tensor) -> torch.Size:
     return tensor.slot.parameter.shape if isinstance(tensor, StandIn) else tensor.shape
 
 
+def values_of(tensor: Any) -> Any:
+    """The values of a stand-in; anything else as it is."""
+    return tensor.slot.values if isinstance(tensor, StandIn) else tensor
+
+
 def _scaled_and_shifted(inputs: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     """inputs ∘ scale + shift."""
     if scale is None:
@@ -231,11 +236,6 @@ def _tape(slots: tuple[Slot | None, ...]) -> Tape | None:
         if slot is not None:
             return slot.layer.tape
     return None
-
-
-def _plain(tensor: Any) -> Any:
-    """The values of a stand-in; anything else as it is."""
-    return tensor.slot.values if isinstance(tensor, StandIn) else tensor
 
 
 def _gates(slots: tuple[Slot | None, ...]) -> list[Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from isopo_mini.engine.recurrent_modules import weights_in_lists
 from isopo_mini.engine.stand_in import Layer, Slot, StandIn
 
 
@@ -91,7 +92,7 @@ def stand_ins(model: nn.Module, layers: str, make_layer: Callable[[str], Layer])
             # parameters(), state_dict() and the optimizer still see the real one.
             module.__dict__[key] = shadows[parameter]
             shadowed.append((module, key, shadows[parameter]))
-        with _nothing_compiled():
+        with _nothing_compiled(), weights_in_lists(model):
             yield list(shadows.values())
     finally:
         replaced = _remove(shadowed)

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable, Set
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from isopo_mini import checks
 from isopo_mini.engine.graph import leaves_of
 from isopo_mini.engine.microbatch import Microbatch, Uses
 from isopo_mini.engine.parameter_gradients import MatrixGradients, VectorGradients
+from isopo_mini.engine.segments import Segments
 from isopo_mini.precision import at_least_float32
 
 NAMED = 5  # parameters that an error lists
@@ -19,9 +21,10 @@ NAMED = 5  # parameters that an error lists
 
 def verify(
     model: nn.Module,
-    log_probs: Callable[[int], Float[Tensor, "S ..."]],
+    log_probs: Callable[[int], Float[Tensor, "..."]],
     num_sequences: int,
     *,
+    segments: Callable[[int], Int[Tensor, "..."]] | None = None,
     loss: Callable[[int], Float[Tensor, ""]] | None = None,
     loss_scale: float = 1.0,
     seed: int = 0,
@@ -36,6 +39,9 @@ def verify(
         model: the policy, with dropout switched off.
         log_probs: computes the log-probabilities of the first S sequences of a fixed batch, first axis S.
         num_sequences: S, at least 2.
+        segments: for packed sequences, what the block is given with the first S sequences. The log-probabilities may
+            have its shape then, one a token. A model that does not keep the sequences of a row apart is found out:
+            what the score of one owes to the tokens of another would get the other's advantage.
         loss: computes what your training differentiates inside of a block, for the first S sequences. All of it is
             multiplied by c, so it must be plus or minus the *unweighted* sum of the log-probabilities: without
             advantages, without an entropy bonus, a KL penalty or another term, not a mean.
@@ -53,7 +59,8 @@ def verify(
             trainable tensor that is not the model's; or the loss is another one.
         UnhandledParameterError: see `Isopo.microbatch`, whose errors about the model are raised here too.
 
-    What it cannot see: code that this batch does not reach, such as longer sequences or another branch; a parameter
+    What it cannot see: code that this batch does not reach, such as longer sequences or another branch; positions
+    that a packed model counts on from one sequence to the next, which is another model, but no mixture; a parameter
     without gradient at these values, such as the first factor of a low-rank update whose second is still zero;
     what is random in training only; without `loss`, what your training differentiates; and in half precision anything
     below ten percent.
@@ -76,10 +83,12 @@ def verify(
     errors: dict[str, float] = {}
     for count in (num_sequences, num_sequences - 1):
         advantages = torch.randn(count, generator=generator, dtype=torch.float64)
-        for comparison in _comparisons(model, parameters, log_probs, advantages):
+        packed = None if segments is None else Segments.checked(segments(count), count)
+        values = partial(_by_sequence, log_probs, count, packed)
+        for comparison in _comparisons(model, parameters, values, advantages, packed):
             errors[comparison.name] = max(comparison.relative_error, errors.get(comparison.name, 0.0))
         if loss is not None:
-            _check_loss(loss(count), log_probs(count), list(parameters.values()), loss_scale)
+            _check_loss(loss(count), values(), list(parameters.values()), loss_scale)
     return errors
 
 
@@ -103,11 +112,15 @@ class _Comparison:
 
 
 def _comparisons(
-    model: nn.Module, parameters: dict[str, nn.Parameter], log_probs: Callable[[int], Tensor], advantages: Tensor
+    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    log_probs: Callable[[], Float[Tensor, "S"]],
+    advantages: Float[Tensor, "S"],
+    packed: Segments | None,
 ) -> list[_Comparison]:
     """All parameters that have a gradient, for one number of sequences; an error if the gradients are not the same."""
     count, wanted = len(advantages), list(parameters.values())
-    values = _sum_by_sequence(log_probs(count), count)
+    values = log_probs()
     advantages = advantages.to(values)
     expected = torch.autograd.grad(values @ advantages, wanted, allow_unused=True)
     parts: Uses = {}
@@ -116,8 +129,8 @@ def _comparisons(
         parts.update(uses)
         return {name: part.combine(advantages) for name, part in uses.items()}
 
-    with Microbatch(model, "separate", count, close_layer).opened():
-        again = _sum_by_sequence(log_probs(count), count)
+    with Microbatch(model, "separate", count, close_layer, segments=packed).opened():
+        again = log_probs()
         _require_own_leaves(values, again, set(wanted))
         found = torch.autograd.grad(again.sum(), wanted, allow_unused=True)
     _require_same(values, again)
@@ -142,11 +155,17 @@ def _comparisons(
     return comparisons
 
 
-def _sum_by_sequence(log_probs: Tensor, count: int) -> Tensor:
-    """log π of every sequence, `(S,)`."""
+def _by_sequence(compute: Callable[[int], Tensor], count: int, packed: Segments | None) -> Float[Tensor, "S"]:
+    """log π of every sequence."""
+    log_probs = compute(count)
+    if packed is not None and isinstance(log_probs, Tensor) and tuple(log_probs.shape) == packed.shape:
+        return at_least_float32(packed.by_sequence(log_probs, 0)).sum(dim=(1, 2))
     if not isinstance(log_probs, Tensor) or log_probs.ndim == 0 or len(log_probs) != count:
         came = tuple(log_probs.shape) if isinstance(log_probs, Tensor) else type(log_probs).__name__
-        raise ValueError(f"log_probs: expected a tensor whose first axis is the S={count} sequences, got {came}")
+        tokens = "" if packed is None else f", or one entry for each of the tokens {packed.shape}"
+        raise ValueError(
+            f"log_probs: expected a tensor whose first axis is the S={count} sequences{tokens}, got {came}"
+        )
     return at_least_float32(log_probs.reshape(count, -1)).sum(dim=1)
 
 
@@ -180,8 +199,7 @@ def _check_loss(loss: Tensor, log_probs: Tensor, parameters: list[nn.Parameter],
     if not isinstance(loss, Tensor) or loss.ndim > 0:
         came = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss: expected a tensor without axes, got {came}")
-    count = len(log_probs)
-    total = _sum_by_sequence(log_probs, count).sum()
+    count, total = len(log_probs), log_probs.sum()
     of_loss, of_sum = (
         torch.cat(
             [

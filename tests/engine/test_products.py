@@ -7,11 +7,9 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from against_autograd import WIDTH, Given, S, T, X, score
+from against_autograd import WIDTH, S, T, X, score
 from against_loop import Own, assert_per_sequence
 from torch import Tensor
-
-from isopo_mini.engine import Isopo
 
 
 def rows(x: Tensor) -> Tensor:
@@ -105,13 +103,3 @@ def test_a_transformer_layer_of_torch() -> None:
     model = nn.TransformerEncoderLayer(WIDTH + 1, 2, 8, batch_first=True, dropout=0.0).double()
     inputs = torch.randn(S, T, WIDTH + 1).double()
     assert assert_per_sequence(model, lambda: score(model(inputs))).copied() == {}
-
-
-@pytest.mark.parametrize("module", [nn.LSTM, nn.GRU])
-def test_recurrent_layers_of_torch_are_refused(module: Any) -> None:
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), module(WIDTH, 3, batch_first=True))
-    with (
-        pytest.raises(ValueError, match=r"parameter '1\.weight_ih_l0': .*got (lstm|gru), which cannot be run one"),
-        Isopo(model, Given()).microbatch(torch.ones(S)),
-    ):
-        model(X.float())
