@@ -108,7 +108,9 @@ class _Comparison:
 
     def __str__(self) -> str:
         is_rounding = self.norm <= self.precision**0.5 * self.size  # of autograd's gradient, which is 0 but for that
-        return f"'{self.name}' ({'where there is none' if is_rounding else f'{self.error / self.norm:.1%} off'})"
+        off = self.error / self.norm if self.norm else 0.0
+        said = f"{off:.1%} off" if off >= 1e-3 else f"by {off:.0e} of its size"
+        return f"'{self.name}' ({'where there is none' if is_rounding else said})"
 
 
 def _comparisons(
@@ -149,10 +151,23 @@ def _comparisons(
         more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
         raise ValueError(
             f"model: expected autograd's gradient with S={count} sequences, got another one from the engine for "
-            f"{', '.join(map(str, wrong[:NAMED]))}{more}; the first axis of every layer's input must be the sequences, "
-            f"in the order of the advantages, and no sequence may influence another"
+            f"{', '.join(map(str, wrong[:NAMED]))}{more}; {_advice(wrong)}"
         )
     return comparisons
+
+
+def _advice(wrong: list[_Comparison]) -> str:
+    """What to do about it."""
+    single = torch.finfo(torch.float32).eps
+    if all(each.precision < single and each.relative_error < single**0.5 for each in wrong):
+        return (
+            "as small an error is the rounding of single precision: the model may compute in it somewhere, as the "
+            "norms of transformers do, so compare it in single precision as a whole"
+        )
+    return (
+        "the first axis of every layer's input must be the sequences, in the order of the advantages, and no "
+        "sequence may influence another"
+    )
 
 
 def _by_sequence(compute: Callable[[int], Tensor], count: int, packed: Segments | None) -> Float[Tensor, "S"]:

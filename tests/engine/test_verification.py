@@ -218,3 +218,24 @@ def test_errors_say_what_was_expected_and_what_came() -> None:
     model.requires_grad_(False)
     with pytest.raises(ValueError, match=r"^model: expected at least one trainable parameter, got none$"):
         verify(model, lambda n: chosen(model(inputs[:n])), S)
+
+
+class SingleInside(nn.Module):
+    """Of double precision, but for a norm: as the models of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(3, 5).double(), nn.Linear(5, 4).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        return self.after((x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True))).double())
+
+
+def test_rounding_inside_of_the_model_is_called_by_its_name() -> None:
+    torch.manual_seed(0)
+    model, features = SingleInside(), torch.randn(6, 3).double()
+    with pytest.raises(
+        ValueError, match=r"\(by \de-\d+ of its size\).*; as small an error is the rounding of single prec"
+    ):
+        verify(model, lambda n: model(features[:n]).log_softmax(-1)[:, 0], 6)
