@@ -142,7 +142,7 @@ def main() -> int:
     arguments = parser.parse_args()
     wrong = []
     for path in arguments.notebooks or notebooks(ROOT):
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         if arguments.fix:
             fixed = serialized(stripped(json.loads(text), path.stem))
             if fixed != text:

@@ -19,15 +19,15 @@ def build(chapter: Path) -> Path:
     page = chapter.resolve().relative_to(ROOT).with_suffix("")
     folder = ROOT / "_build" / "draft" / page.name
     folder.mkdir(parents=True, exist_ok=True)
-    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
     local = config["sphinx"]["local_extensions"]  # their folders are relative to the configuration, which moves
     config["sphinx"]["local_extensions"] = {name: str(ROOT / where) for name, where in local.items()}
     config["sphinx"]["config"]["suppress_warnings"] = ["myst.xref_missing"]
     toc = {"format": "jb-book", "root": page.as_posix(), "chapters": [{"file": BIBLIOGRAPHY}]}
     if page.as_posix() == BIBLIOGRAPHY:
         del toc["chapters"]
-    (folder / "_config.yml").write_text(yaml.safe_dump(config))
-    (folder / "_toc.yml").write_text(yaml.safe_dump(toc))
+    (folder / "_config.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    (folder / "_toc.yml").write_text(yaml.safe_dump(toc), encoding="utf-8")
     where = ["--config", str(folder / "_config.yml"), "--toc", str(folder / "_toc.yml"), "--path-output", str(folder)]
     status = build_book.build(ROOT, jobs=1, options=where, records=folder / "claims")
     if status:

@@ -44,7 +44,7 @@ def locked(frozen: str, header: str = BOOK) -> str:
 
 def requirements() -> dict[str, list[str]]:
     """What `pyproject.toml` asks for, by the name of the lock, extras included."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     always, extras = project["dependencies"], project["optional-dependencies"]
     testing = [line for line in extras["dev"] if re.match(r"[\w-]+", line)[0] in TESTING]  # type: ignore[index]
     return {

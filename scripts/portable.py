@@ -164,7 +164,7 @@ def main() -> int:
     if options.update:
         if not every_setting or any("error" in record for record in records):
             sys.exit("Nothing is updated: expected every setting, and cells that do not fail")
-        origin = json.loads(TABLE.with_suffix(".json").read_text()) | {"updated": origin}
+        origin = json.loads(TABLE.with_suffix(".json").read_text(encoding="utf-8")) | {"updated": origin}
         write_table(TABLE, updated(table, pd.read_csv(TABLE)), origin)
     else:
         write_table(TABLE if every_setting and not options.chapters else DRAFT, table, origin)

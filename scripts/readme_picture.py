@@ -50,10 +50,10 @@ def with_alt(readme: str, alt: str) -> str:
 
 def main() -> None:
     """Write the picture and its alt text."""
-    sources, alt = cells_up_to_the_figure(json.loads(PAGE.read_text()))
+    sources, alt = cells_up_to_the_figure(json.loads(PAGE.read_text(encoding="utf-8")))
     draw(sources, PICTURE)
     readme = ROOT / "README.md"
-    write_whole(readme, with_alt(readme.read_text(), alt))
+    write_whole(readme, with_alt(readme.read_text(encoding="utf-8"), alt))
     print(f"{PICTURE.relative_to(ROOT)}: {PICTURE.stat().st_size / 1000:.0f} kB")
 
 

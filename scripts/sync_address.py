@@ -89,8 +89,8 @@ def suggestion(url: str) -> str:
 
 def read_address(root: Path = ROOT) -> Address:
     """The address and version as `_config.yml` and `pyproject.toml` state them."""
-    repository = yaml.safe_load((root / "_config.yml").read_text())["repository"]
-    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    repository = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))["repository"]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return Address(repository["url"].rstrip("/"), repository["branch"], project["version"])
 
 
@@ -133,12 +133,12 @@ def synced_project(text: str, address: Address) -> str:
 def differing(root: Path = ROOT) -> dict[Path, str]:
     """What should stand in each file that does not yet say so."""
     address = read_address(root)
-    wanted = {path: synced_notebook(path.read_text(), address) for path in notebooks(root)}
+    wanted = {path: synced_notebook(path.read_text(encoding="utf-8"), address) for path in notebooks(root)}
     others = {"README.md": synced_readme, "CITATION.cff": synced_citation, "pyproject.toml": synced_project}
     for name, synced in others.items():
         if (root / name).exists():
-            wanted[root / name] = synced((root / name).read_text(), address)
-    return {path: text for path, text in wanted.items() if path.read_text() != text}
+            wanted[root / name] = synced((root / name).read_text(encoding="utf-8"), address)
+    return {path: text for path, text in wanted.items() if path.read_text(encoding="utf-8") != text}
 
 
 def notebooks(root: Path = ROOT) -> list[Path]:

@@ -12,14 +12,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def make_book(folder: Path, **chapters: list[str]) -> None:
     """A book of six empty pages (Sphinx reads fewer one by one) and of chapters with a title and these cells."""
-    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
     config["sphinx"]["local_extensions"] = {name: str(ROOT / "scripts") for name in ("parallel_reading",)}
     config["sphinx"]["config"] = {"nb_ipywidgets_js": {}}
     del config["bibtex_bibfiles"]
-    (folder / "_config.yml").write_text(yaml.safe_dump(config))
+    (folder / "_config.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
     pages = [f"page{number}" for number in range(6)]
     for page in pages:
-        (folder / f"{page}.md").write_text("# Nothing\n")
+        (folder / f"{page}.md").write_text("# Nothing\n", encoding="utf-8")
     for name, cells in chapters.items():
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A chapter")])
         notebook.cells += [nbformat.v4.new_code_cell(code) for code in cells]
@@ -27,7 +27,7 @@ def make_book(folder: Path, **chapters: list[str]) -> None:
         nbformat.write(notebook, folder / f"{name}.ipynb")
     root, *others = chapters
     toc = {"format": "jb-book", "root": root, "chapters": [{"file": page} for page in [*others, *pages]]}
-    (folder / "_toc.yml").write_text(yaml.safe_dump(toc))
+    (folder / "_toc.yml").write_text(yaml.safe_dump(toc), encoding="utf-8")
 
 
 def build(folder: Path, capsys: pytest.CaptureFixture[str], status: int) -> str:
@@ -86,7 +86,7 @@ def test_a_book_with_two_failing_chapters_says_of_each_what_to_do(
         "      division by zero\n"
         "  To see this one chapter again: make draft CHAPTER=second.ipynb"
     )
-    ran = [file.read_text() for file in (tmp_path / "_build" / "claims").iterdir()]
+    ran = [file.read_text(encoding="utf-8") for file in (tmp_path / "_build" / "claims").iterdir()]
     assert len(ran) == 3
     assert any("assert 2 > 1" in text for text in ran)
 

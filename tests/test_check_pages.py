@@ -92,14 +92,16 @@ def test_style_sheets_and_scripts_beside_the_pages_are_read_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "_static").mkdir()
-    (tmp_path / "index.html").write_text('<link rel="stylesheet" href="_static/book.css"><script src="_static/a.js">')
+    (tmp_path / "index.html").write_text(
+        '<link rel="stylesheet" href="_static/book.css"><script src="_static/a.js">', encoding="utf-8"
+    )
     style, script = tmp_path / "_static" / "book.css", tmp_path / "_static" / "a.js"
-    style.write_text("p { color: black }")
-    script.write_text('const paper = "https://arxiv.example/"; import "./b.js";')
+    style.write_text("p { color: black }", encoding="utf-8")
+    script.write_text('const paper = "https://arxiv.example/"; import "./b.js";', encoding="utf-8")
     assert check_pages.main(tmp_path) == 0
     assert capsys.readouterr().out.startswith("1 pages load nothing from another host")
-    style.write_text('@import "https://fonts.example/css";')
-    script.write_text('import "https://cdn.example/b.js";')
+    style.write_text('@import "https://fonts.example/css";', encoding="utf-8")
+    script.write_text('import "https://cdn.example/b.js";', encoding="utf-8")
     assert check_pages.main(tmp_path) == 1
     printed = capsys.readouterr().out.splitlines()
     assert printed == [

@@ -133,6 +133,6 @@ def test_a_kernel_writes_its_claims_and_what_a_cell_died_of(tmp_path: Path) -> N
     info = SimpleNamespace(raw_cell="assert 1 < 2\n1 / 0")
     recorder.after_cell(SimpleNamespace(info=info, error_before_exec=None, error_in_exec=ZeroDivisionError("by 0")))
     (file,) = tmp_path.iterdir()
-    first, second = (json.loads(line) for line in file.read_text().splitlines())
+    first, second = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
     assert (first["claim"], first["slack"], first["source"]) == ("1 < 2", 0.5, info.raw_cell)
     assert (second["error"], second["message"]) == ("ZeroDivisionError", "by 0")

@@ -88,7 +88,7 @@ def test_examples_in_docstrings_run(name: str) -> None:
 
 
 def test_every_public_module_is_on_the_api_page() -> None:
-    page = (ROOT / "book" / "appendix" / "api.md").read_text()
+    page = (ROOT / "book" / "appendix" / "api.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"automodule:: (\S+)", page))
     assert listed == (set(MODULES) - INTERNAL - set(OPTIONAL)) | PACKAGES
     assert set(MODULES) >= INTERNAL | set(OPTIONAL)

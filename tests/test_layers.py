@@ -56,7 +56,7 @@ def part_of(path: Path) -> str:
 def test_module_imports_only_what_flows_into_it(path: Path) -> None:
     package = ".".join(path.relative_to(LIBRARY.parent).parent.parts)
     part = part_of(path)
-    backwards = imported(path.read_text(), package) - {part} - ALLOWED[part]
+    backwards = imported(path.read_text(encoding="utf-8"), package) - {part} - ALLOWED[part]
     assert not backwards, f"{part} must not import {', '.join(sorted(backwards))}"
 
 

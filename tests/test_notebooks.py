@@ -20,11 +20,11 @@ def names(paths: list[Path]) -> list[str]:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
 def test_notebook_keeps_the_rules(path: Path) -> None:
-    assert check_notebooks.complaints(path.read_text(), path) == []
+    assert check_notebooks.complaints(path.read_text(encoding="utf-8"), path) == []
 
 
 def test_table_of_contents_lists_exactly_the_pages_that_exist() -> None:
-    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
     listed = [toc["root"]] + [page["file"] for part in toc["parts"] for page in part["chapters"]]
     assert len(listed) == len(set(listed))
     pages = [*NOTEBOOKS, *(ROOT / "book").rglob("*.md")]

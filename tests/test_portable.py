@@ -177,7 +177,7 @@ def test_a_chapter_edited_since_is_not_mistaken_for_another(tmp_path: Path) -> N
     path, records = chapter(tmp_path, "one", "assert 1 < 2"), tmp_path / "records"
     records.mkdir()
     line = {"source": "assert 1 < 2", "claim": "1 < 2", "line": 1}
-    (records / "kernel.jsonl").write_text(json.dumps(line) + "\n")
+    (records / "kernel.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
     (record,) = chapter_records.read(records, tmp_path)
     assert (record["chapter"], record["cell"]) == (path.name, 1)
     chapter(tmp_path, "one", "assert 1 < 3")

@@ -19,7 +19,7 @@ from isopo_mini.policies import MLP, TabularSoftmax
 from isopo_mini.tasks import ContextualBandit
 
 API_PAGE = Path(__file__).resolve().parent.parent / "book" / "appendix" / "api.md"
-PUBLIC_MODULES = re.findall(r"automodule:: (\S+)", API_PAGE.read_text())
+PUBLIC_MODULES = re.findall(r"automodule:: (\S+)", API_PAGE.read_text(encoding="utf-8"))
 
 # What may be called, and the arguments in their order. More may follow if they have defaults.
 CONTRACT: dict[str, str] = {

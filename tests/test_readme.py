@@ -11,7 +11,7 @@ import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"(?ms)^```python\n(.*?)^```$", README)
 
 
@@ -69,7 +69,7 @@ def test_the_second_block_leaves_the_formula_in_grad(after_both_blocks: dict[str
 
 
 def test_the_picture_is_small_and_says_what_the_first_page_says() -> None:
-    _, alt = readme_picture.cells_up_to_the_figure(json.loads(readme_picture.PAGE.read_text()))
+    _, alt = readme_picture.cells_up_to_the_figure(json.loads(readme_picture.PAGE.read_text(encoding="utf-8")))
     assert readme_picture.with_alt(README, alt) == README, "run python scripts/readme_picture.py"
     assert f"![{alt}]({readme_picture.PICTURE.relative_to(ROOT)})" in README
     assert readme_picture.PICTURE.read_bytes().startswith(b"\x89PNG")
@@ -78,8 +78,8 @@ def test_the_picture_is_small_and_says_what_the_first_page_says() -> None:
 
 def test_the_first_page_links_every_other_page() -> None:
     """A chapter that is added to the table of contents belongs on the map, with its claim."""
-    page = readme_picture.PAGE.read_text()
-    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    page = readme_picture.PAGE.read_text(encoding="utf-8")
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
     pages = [entry["file"].removeprefix("book/") for part in toc["parts"] for entry in part["chapters"]]
     assert [name for name in pages if f"]({name}.ipynb)" not in page and f"]({name}.md)" not in page] == []
 

@@ -36,16 +36,16 @@ def tracked_files() -> list[str]:
 
 def texts() -> list[tuple[str, str]]:
     names = [name for name in tracked_files() if name != THIS_FILE and not name.endswith((".png", ".safetensors"))]
-    return [(name, (ROOT / name).read_text()) for name in names]
+    return [(name, (ROOT / name).read_text(encoding="utf-8")) for name in names]
 
 
 def pins(name: str = "requirements.txt") -> dict[str, str]:
-    lines = (ROOT / name).read_text().splitlines()
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     return dict(line.lower().replace("_", "-").split("==") for line in lines if not line.startswith("#"))
 
 
 def project() -> dict:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def test_everything_that_needs_the_address_agrees_with_config() -> None:
@@ -56,7 +56,7 @@ def test_the_address_stands_once() -> None:
     slug = sync_address.read_address(ROOT).slug
     naming = {name for name, text in texts() if slug in text}
     assert naming - {ADDRESS_STATED} == {name for name in naming if ADDRESS_WRITTEN.fullmatch(name)}
-    assert (ROOT / ADDRESS_STATED).read_text().count(slug) == 1
+    assert (ROOT / ADDRESS_STATED).read_text(encoding="utf-8").count(slug) == 1
 
 
 def test_a_new_address_reaches_every_place(tmp_path: Path) -> None:
@@ -65,12 +65,12 @@ def test_a_new_address_reaches_every_place(tmp_path: Path) -> None:
     copied = {name for name, text in texts() if old.slug in text}
     for name in [*copied, "pyproject.toml"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text((ROOT / name).read_text())
-    config = (tmp_path / ADDRESS_STATED).read_text().replace(old.slug, "someone/elsewhere")
-    (tmp_path / ADDRESS_STATED).write_text(config)
+        (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
+    config = (tmp_path / ADDRESS_STATED).read_text(encoding="utf-8").replace(old.slug, "someone/elsewhere")
+    (tmp_path / ADDRESS_STATED).write_text(config, encoding="utf-8")
     for path, text in sync_address.differing(tmp_path).items():
-        path.write_text(text)
-    left = {name for name in copied if old.slug in (tmp_path / name).read_text()}
+        path.write_text(text, encoding="utf-8")
+    left = {name for name in copied if old.slug in (tmp_path / name).read_text(encoding="utf-8")}
     assert left == set()
     assert sync_address.differing(tmp_path) == {}
 
@@ -114,40 +114,42 @@ def test_lock_leaves_out_what_only_this_platform_has() -> None:
 
 
 def test_the_version_is_said_once_more_and_equally() -> None:
-    source = (ROOT / "isopo_mini" / "__init__.py").read_text()
+    source = (ROOT / "isopo_mini" / "__init__.py").read_text(encoding="utf-8")
     assert re.search(r'__version__ = "(.*)"', source).group(1) == project()["version"]
 
 
 def test_every_command_of_the_makefile_is_explained_and_phony() -> None:
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"(?m)^([a-z]+):", makefile))
     assert targets == set(re.findall(r"(?m)^([a-z]+):.*## \w", makefile))
     assert targets == set(re.search(r"\.PHONY: (.*)", makefile).group(1).split())
     promised = {"book", "test", "portable", "changed", "margins", "lab", "serve", "draft", "lint", "format", "lock"}
     promised |= {"clean", "help", "models"}
     assert targets == promised
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert {target for target in targets if f"make {target}" not in readme} <= {"clean", "help", "format"}
 
 
 def test_the_build_is_strict() -> None:
-    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
     assert config["execute"]["execute_notebooks"] == "force"
     assert config["execute"]["raise_on_error"] is True
     assert config["execute"]["allow_errors"] is False
     assert all(f'"{flag}"' in build_book.BUILD for flag in ("-W", "--keep-going", "--all"))
-    assert "scripts/build_book.py" in (ROOT / "Makefile").read_text()
+    assert "scripts/build_book.py" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 def test_ci_runs_the_same_commands() -> None:
     ci = ROOT / ".ci" / "run"
     assert ci.stat().st_mode & 0o111, ".ci/run must be executable"
-    assert [f"make {name}" in ci.read_text() for name in ("lint", "test", "book", "changed")] == [True] * 4
+    assert [f"make {name}" in ci.read_text(encoding="utf-8") for name in ("lint", "test", "book", "changed")] == [
+        True
+    ] * 4
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.name)
 def test_workflow_can_be_read(path: Path) -> None:
-    workflow = yaml.safe_load(path.read_text())
+    workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert workflow["jobs"]
     for job in workflow["jobs"].values():
         assert job["timeout-minutes"] <= 60
@@ -158,14 +160,16 @@ def test_nothing_opaque_is_tracked_and_files_stay_short() -> None:
     names = tracked_files()
     assert [name for name in names if re.search(r"\.(npz|pt|pth|pkl|pickle)$", name)] == []
     library = [name for name in names if name.startswith("isopo_mini/") and name.endswith(".py")]
-    assert [name for name in library if len((ROOT / name).read_text().splitlines()) > 300] == []
+    assert [name for name in library if len((ROOT / name).read_text(encoding="utf-8").splitlines()) > 300] == []
 
 
 def test_bibliography_has_no_entry_twice_and_the_references_explain_each() -> None:
-    bibliography = (ROOT / "book" / "references.bib").read_text()
+    bibliography = (ROOT / "book" / "references.bib").read_text(encoding="utf-8")
     keys = re.findall(r"(?m)^@\w+\{([^,\s]+),", bibliography)
     assert len(keys) == len(set(keys)) > 0
-    explained = set(re.findall(r"\{cite:t\}`([^`]+)`", (ROOT / "book" / "appendix" / "references.md").read_text()))
+    explained = set(
+        re.findall(r"\{cite:t\}`([^`]+)`", (ROOT / "book" / "appendix" / "references.md").read_text(encoding="utf-8"))
+    )
     assert explained == set(keys)
 
 

@@ -61,7 +61,9 @@ def fork(tmp_path: Path) -> Path:
 
 def state(folder: Path, url: str) -> None:
     """Say in `_config.yml` where the project is."""
-    (folder / "_config.yml").write_text(yaml.safe_dump({"repository": {"url": url, "branch": "main"}}))
+    (folder / "_config.yml").write_text(
+        yaml.safe_dump({"repository": {"url": url, "branch": "main"}}), encoding="utf-8"
+    )
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -93,7 +95,9 @@ def test_an_address_that_is_none_is_said_and_changes_nothing(fork: Path, capsys:
 def test_a_notebook_without_our_cell_stays_as_it_is(fork: Path) -> None:
     """A draft of somebody's, in a form of its own."""
     draft = fork / "book" / "draft.ipynb"
-    draft.write_text(json.dumps({"cells": [{"cell_type": "code", "source": ["1"], "metadata": {}}], "nbformat": 4}))
+    draft.write_text(
+        json.dumps({"cells": [{"cell_type": "code", "source": ["1"], "metadata": {}}], "nbformat": 4}), encoding="utf-8"
+    )
     before = draft.read_bytes()
     assert sync_address.main([], fork) == 0
     assert draft.read_bytes() == before

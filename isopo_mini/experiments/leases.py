@@ -75,7 +75,7 @@ def _create(path: Path, holder: dict[str, str | int]) -> bool:
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
         return False
-    with os.fdopen(handle, "w") as file:
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
         json.dump(holder, file)
     return True
 
@@ -83,7 +83,7 @@ def _create(path: Path, holder: dict[str, str | int]) -> bool:
 def _holder_of(path: Path) -> dict[str, str | int] | None:
     """What `_create` wrote; None of one that was given back in this moment, or is not written yet."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 

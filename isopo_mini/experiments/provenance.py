@@ -89,7 +89,10 @@ def _commit() -> str:
     folder = Path(isopo_mini.__file__).parent
     try:
         _git(folder, "ls-files", "--error-unmatch", "__init__.py", "../pyproject.toml")
-        if tomllib.loads((folder.parent / "pyproject.toml").read_text())["project"]["name"] != "isopo_mini":
+        if (
+            tomllib.loads((folder.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"]
+            != "isopo_mini"
+        ):
             return "unknown"
         commit = _git(folder, "rev-parse", "--short=12", "HEAD")
         return commit + ("+" if _git(folder, "status", "--porcelain", "--", ".") else "")
@@ -127,7 +130,7 @@ def _processor() -> str:
     """The processor's name as the system states it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()

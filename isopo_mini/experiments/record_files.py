@@ -48,7 +48,7 @@ def read_record(path: Path) -> dict[str, Any]:
         ValueError: the file is no record, or has a score that is no number.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name}: expected the record of a run, got no JSON ({error})") from error
     return _parse(text, path.name)
@@ -130,7 +130,7 @@ def _packed(folder: Path) -> dict[str, dict[str, Any]]:
     """The records in `records.jsonl`, in its order."""
     path = folder / PACKED
     found: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), start=1):
         record = _parse(line, f"{PACKED}, line {number}")
         name = name_of(record["run"])
         if name in found:
@@ -171,7 +171,7 @@ def read_configuration(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path.name}: expected the configuration of an experiment, got no JSON ({error})") from error
     if not isinstance(config, dict) or not {"step_sizes", *SEEDS.values()} <= config.keys():

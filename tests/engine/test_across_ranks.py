@@ -153,14 +153,14 @@ def one_leaves(rank: int, port: int, way: str, left: str) -> None:
 
     with pytest.raises(RuntimeError, match=r"(?i)closed|reset|timed out|timeout"):
         step()
-    Path(left).write_text(str(time.monotonic() - began))
+    Path(left).write_text(str(time.monotonic() - began), encoding="utf-8")
     os._exit(0)
 
 
 @pytest.mark.parametrize("way", ["dies", "hangs"])
 def test_nobody_waits_longer_than_the_timeout_of_the_group(way: str, tmp_path: Path) -> None:
     spawn(one_leaves, way, str(tmp_path / "waited"))
-    assert float((tmp_path / "waited").read_text()) < 10.0
+    assert float((tmp_path / "waited").read_text(encoding="utf-8")) < 10.0
 
 
 def test_sketches_travel_and_nothing_else_does(tmp_path: Path) -> None:

@@ -52,8 +52,8 @@ class TestOrder:
         second = small(tmp_path / "b", step_sizes=turned, seeds=[1, 0], report_seeds=[11, 10])
         assert_same(first, second)
         assert kept(tmp_path / "a") == kept(tmp_path / "b")
-        assert json.loads((tmp_path / "a" / "config.json").read_text()) == json.loads(
-            (tmp_path / "b" / "config.json").read_text()
+        assert json.loads((tmp_path / "a" / "config.json").read_text(encoding="utf-8")) == json.loads(
+            (tmp_path / "b" / "config.json").read_text(encoding="utf-8")
         )
 
     def test_a_run_knows_nothing_of_the_others(self, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ class TestFolder:
         assert all(scores[rule].idxmax() == best[rule] for rule in STEP_SIZES)
         written = pd.read_csv(tmp_path / "out" / "summary.csv", keep_default_na=False, na_values=[""])
         assert list(written["score"]) == pytest.approx(list(records.summary(loaded)["score"]), rel=6e-5)
-        origin = json.loads((tmp_path / "out" / "summary.json").read_text())
+        origin = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
         assert origin["settings"]["configuration"]["report_seeds"] == [10, 11]
         assert origin["libraries"]["torch"] == torch.__version__
 
@@ -86,15 +86,17 @@ class TestFolder:
         first = small(tmp_path)
         lost = "ntk_damping=0.1__adamw__0.1__1.json"
         packed = tmp_path / "records.jsonl"
-        lines = packed.read_text().splitlines(keepends=True)
-        packed.write_text("".join(line for line in lines if name_of(json.loads(line)["run"]) != lost))
+        lines = packed.read_text(encoding="utf-8").splitlines(keepends=True)
+        packed.write_text("".join(line for line in lines if name_of(json.loads(line)["run"]) != lost), encoding="utf-8")
         ran = []
         actual = pool.run
         monkeypatch.setattr(pool, "run", lambda one: ran.append(one.file_name) or actual(one))
         assert_same(small(tmp_path), first)
         assert ran == [lost]
         kept_lines = [line for line in lines if name_of(json.loads(line)["run"]) != lost]
-        assert packed.read_text().splitlines(keepends=True)[:-1] == kept_lines, "a line is added, none is changed"
+        assert packed.read_text(encoding="utf-8").splitlines(keepends=True)[:-1] == kept_lines, (
+            "a line is added, none is changed"
+        )
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -114,10 +116,10 @@ class TestFolder:
         shared = {"task": "bandit", "optimizer": "adamw", "device": "cpu", **NUMBERS}
         config = shared | {"step_sizes": STEP_SIZES, "seeds": [0, 1], "report_seeds": [10, 11]}
         before = json.dumps(config)
-        (tmp_path / "config.json").write_text(before)
+        (tmp_path / "config.json").write_text(before, encoding="utf-8")
         with pytest.raises(ValueError, match=rf"out: expected a folder with this configuration, .* with {message}"):
             small(tmp_path, **changes)
-        assert (tmp_path / "config.json").read_text() == before
+        assert (tmp_path / "config.json").read_text(encoding="utf-8") == before
         assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
     def test_twice_is_once(self, tmp_path: Path) -> None:
@@ -135,12 +137,12 @@ class TestFolder:
         record = read_records(tmp_path)[-1]
         record["run"] |= {"rule": "reinforce", "learning_rate": 0.2, "seed": 0, "phase": "choose"}
         stray = tmp_path / "records" / "reinforce__adamw__0.2__0.json"
-        stray.write_text(json.dumps(record))
+        stray.write_text(json.dumps(record), encoding="utf-8")
         with pytest.raises(ValueError, match=rf"{stray.name}: expected a run of this folder's experiment, .* got 0\.2"):
             small(tmp_path)
 
     def test_killed_while_its_configuration_was_written_it_can_start_again(self, tmp_path: Path) -> None:
-        (tmp_path / ".config.json.k3x9").write_text('{"task": ')
+        (tmp_path / ".config.json.k3x9").write_text('{"task": ', encoding="utf-8")
         assert len(small(tmp_path, report_seeds=[])) == 2
 
     def test_of_something_else_is_refused(self, tmp_path: Path) -> None:
@@ -177,14 +179,14 @@ def arguments(folder: Path) -> list[str]:
 
 def children(process: int) -> list[int]:
     listed = Path(f"/proc/{process}/task/{process}/children")
-    return [int(child) for child in listed.read_text().split()] if listed.exists() else []
+    return [int(child) for child in listed.read_text(encoding="utf-8").split()] if listed.exists() else []
 
 
 def is_alive(process: int) -> bool:
     """Whether it still runs; one that ended and was not waited for does not."""
     stat = Path(f"/proc/{process}/stat")
     try:
-        return stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        return stat.read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
 
@@ -270,7 +272,7 @@ compare(Path("out"), "bandit", {"reinforce": [0.1]}, [0, 1], processes=2, steps=
 @pytest.mark.parametrize("way", ["script", "standard input"])
 def test_a_script_without_a_guard_is_told_so(way: str, tmp_path: Path) -> None:
     """'Start the same command again' would be said for ever."""
-    (tmp_path / "mine.py").write_text(SCRIPT)
+    (tmp_path / "mine.py").write_text(SCRIPT, encoding="utf-8")
     root = Path(isopo_mini.__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     command, text = ([sys.executable, "mine.py"], None) if way == "script" else ([sys.executable, "-"], SCRIPT)

@@ -18,7 +18,7 @@ def leave(folder: Path, host: str, process: int, age: float = 0.0) -> Path:
     """What a holder leaves behind who was killed."""
     path = folder / "running" / "one"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"host": host, "process": process}))
+    path.write_text(json.dumps({"host": host, "process": process}), encoding="utf-8")
     os.utime(path, (time.time() - age,) * 2)
     return path
 

@@ -47,7 +47,9 @@ if __name__ == "__main__":
 
 def start(folder: Path, deadly: int = -1, pause: float = 0.0) -> subprocess.Popen:
     """The script, in a folder."""
-    (folder / "mine.py").write_text(SCRIPT.replace("DEADLY", str(deadly)).replace("PAUSE", str(pause)))
+    (folder / "mine.py").write_text(
+        SCRIPT.replace("DEADLY", str(deadly)).replace("PAUSE", str(pause)), encoding="utf-8"
+    )
     root = Path(pool.__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     return subprocess.Popen([sys.executable, "mine.py"], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
@@ -65,7 +67,7 @@ def test_a_run_that_kills_its_process_costs_itself_alone(tmp_path: Path) -> None
     assert "1 of 6 runs failed, first reinforce__adamw__0.1__1.json: its process died" in last
     assert seeds(tmp_path) == [0, 2, 3, 4, 5]
     note = tmp_path / "out" / "failed" / "reinforce__adamw__0.1__1.json.txt"
-    assert "its process died" in note.read_text()
+    assert "its process died" in note.read_text(encoding="utf-8")
 
 
 def test_two_programs_share_a_folder_and_no_run_is_made_twice(tmp_path: Path) -> None:
@@ -74,7 +76,7 @@ def test_two_programs_share_a_folder_and_no_run_is_made_twice(tmp_path: Path) ->
         _, complaint = process.communicate(timeout=240)
         assert process.returncode == 0, complaint
     assert seeds(tmp_path) == list(range(6))
-    made = Counter((tmp_path / "log.txt").read_text().split())
+    made = Counter((tmp_path / "log.txt").read_text(encoding="utf-8").split())
     assert set(made.values()) == {1}
     assert not list((tmp_path / "out" / "records").iterdir())
 
@@ -99,8 +101,8 @@ def test_a_traceback_is_kept_until_the_run_succeeds(tmp_path: Path, monkeypatch:
     with pytest.raises(RuntimeError, match=r"1 of 2 runs failed, .*: a mistake; see .*/failed"):
         run_all(runs, tmp_path)
     (note,) = (tmp_path / "failed").iterdir()
-    assert "in fail" in note.read_text()
-    assert note.read_text().rstrip().endswith("ValueError: a mistake")
+    assert "in fail" in note.read_text(encoding="utf-8")
+    assert note.read_text(encoding="utf-8").rstrip().endswith("ValueError: a mistake")
     monkeypatch.setattr(pool, "run", actual)
     run_all(runs, tmp_path)
     assert not list((tmp_path / "failed").iterdir())
@@ -124,7 +126,7 @@ def test_whoever_was_killed_after_the_record_leaves_no_lease(tmp_path: Path) -> 
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     lease = tmp_path / "running" / runs[0].file_name
-    lease.write_text(json.dumps({"host": socket.gethostname(), "process": ended.pid}))
+    lease.write_text(json.dumps({"host": socket.gethostname(), "process": ended.pid}), encoding="utf-8")
     run_all(runs, tmp_path)
     assert not lease.exists()
 
@@ -133,8 +135,8 @@ def test_records_of_other_code_are_refused_unless_asked(tmp_path: Path) -> None:
     line = ["bandit", "--rules", "reinforce", "--learning-rates", "0.1", "--steps", "2", "--processes", "1", "--out"]
     main([*line, str(tmp_path / "out")])
     packed = tmp_path / "out" / "records.jsonl"
-    record = json.loads(packed.read_text().splitlines()[0])
-    packed.write_text(packed.read_text().replace(record["code"]["source"], "0" * 12))
+    record = json.loads(packed.read_text(encoding="utf-8").splitlines()[0])
+    packed.write_text(packed.read_text(encoding="utf-8").replace(record["code"]["source"], "0" * 12), encoding="utf-8")
     with pytest.raises(SystemExit, match=r"expected a record of this code .*, got one of 000000000000.*--mixed-code"):
         main([*line, str(tmp_path / "out")])
     main([*line, str(tmp_path / "out"), "--mixed-code"])
@@ -171,7 +173,7 @@ def test_on_a_cluster_with_a_worker_killed_in_the_middle(tmp_path: Path) -> None
             assert time.monotonic() < deadline
             for path in (out / "running").glob("*.json"):
                 try:
-                    victim = json.loads(path.read_text())["process"]
+                    victim = json.loads(path.read_text(encoding="utf-8"))["process"]
                 except (OSError, ValueError):
                     continue
             time.sleep(0.005)

@@ -77,9 +77,9 @@ def make_repository(folder: Path, package: str, *, ignored: str = "", project: s
     """A repository with one commit, and the package somewhere in it; where the package is."""
     place = folder / package
     place.mkdir(parents=True)
-    (place / "__init__.py").write_text("")
-    (folder / ".gitignore").write_text(ignored)
-    (folder / "pyproject.toml").write_text(f'[project]\nname = "{project}"\n')
+    (place / "__init__.py").write_text("", encoding="utf-8")
+    (folder / ".gitignore").write_text(ignored, encoding="utf-8")
+    (folder / "pyproject.toml").write_text(f'[project]\nname = "{project}"\n', encoding="utf-8")
     git(folder, "init", "-q")
     git(folder, "add", "-A")
     git(folder, "commit", "-qm", "thesis")
@@ -102,9 +102,9 @@ class TestCommit:
     ) -> None:
         place = make_repository(tmp_path, "isopo_mini")
         commit = git(tmp_path, "rev-parse", "--short=12", "HEAD")
-        (tmp_path / "notes.txt").write_text("not code")
+        (tmp_path / "notes.txt").write_text("not code", encoding="utf-8")
         assert commit_of(place) == commit
-        (place / "__init__.py").write_text("changed")
+        (place / "__init__.py").write_text("changed", encoding="utf-8")
         assert commit_of(place) == commit + "+"
 
     @pytest.mark.parametrize(
@@ -149,15 +149,15 @@ class TestTable:
         path = tmp_path / "results" / "step_cost.csv"  # the folder is made
         write_table(path, table, record)
         pd.testing.assert_frame_equal(pd.read_csv(path), table)
-        assert json.loads(path.with_suffix(".json").read_text()) == record
+        assert json.loads(path.with_suffix(".json").read_text(encoding="utf-8")) == record
         assert sorted(file.name for file in path.parent.iterdir()) == ["step_cost.csv", "step_cost.json"]
 
     def test_replaces_an_older_one(self, tmp_path: Path) -> None:
         path = tmp_path / "a.csv"
         for value in (1, 2):
             write_table(path, pd.DataFrame({"x": [value]}), {"value": value})
-        assert path.read_text() == "x\n2\n"
-        assert json.loads((tmp_path / "a.json").read_text()) == {"value": 2}
+        assert path.read_text(encoding="utf-8") == "x\n2\n"
+        assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"value": 2}
 
     def test_twice_is_once(self, tmp_path: Path) -> None:
         states = []

@@ -263,7 +263,7 @@ class TestFiles:
         (tmp_path / "records").mkdir()
         broken = tmp_path / "records" / "half.json"
         for text, complaint in [('{"run": ', "got no JSON"), ("[]", "with run, score and curve")]:
-            broken.write_text(text)
+            broken.write_text(text, encoding="utf-8")
             with pytest.raises(ValueError, match=rf"half\.json: expected the record of a run, {complaint}"):
                 records.load_records(tmp_path)
         broken.write_bytes(b"\x00\x05\x16\x07\xff")  # what some systems leave beside every file
@@ -291,7 +291,7 @@ class TestFiles:
     @pytest.mark.parametrize("part", ["score", "final", "area"])
     def test_a_score_that_is_no_number_is_refused(self, tmp_path: Path, part: str, value: Any) -> None:
         path = write(tmp_path, record("ntk", 0.1, 0, 0.5))
-        path.write_text(json.dumps(json.loads(path.read_text()) | {part: value}))
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {part: value}), encoding="utf-8")
         with pytest.raises(ValueError, match=rf"ntk__adamw__0\.1__0\.json: expected a finite {part}, got {value}"):
             records.load_records(tmp_path)
 
@@ -305,7 +305,7 @@ class TestFiles:
 
     def test_what_the_configuration_does_not_name_is_refused(self, tmp_path: Path) -> None:
         """A record of another task, or of a step size that was never part of this, would be summarised along."""
-        (tmp_path / "config.json").write_text(json.dumps(CONFIGURATION))
+        (tmp_path / "config.json").write_text(json.dumps(CONFIGURATION), encoding="utf-8")
         own = record("ntk", 0.1, 0, 0.5), record("ntk", 0.2, 1, 0.5), record("grpo", 0.1, 100, 0.5, "report")
         for one in own:
             write(tmp_path, one)
@@ -331,7 +331,7 @@ class TestFiles:
     def test_a_configuration_that_is_none_is_named(self, tmp_path: Path) -> None:
         write(tmp_path, record("ntk", 0.1, 0, 0.5))
         for text in ("{", "[]", '{"seeds": [0]}'):
-            (tmp_path / "config.json").write_text(text)
+            (tmp_path / "config.json").write_text(text, encoding="utf-8")
             with pytest.raises(ValueError, match=r"config\.json: expected the configuration of an experiment, "):
                 records.load_records(tmp_path)
 

@@ -104,7 +104,7 @@ def test_as_a_command_it_ends_inside_and_finds_its_way_again(tmp_path: Path, mon
         main(command)
     stop = -1
     main(command)
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     assert len(config["step_sizes"]) == 6
     assert set(map(tuple, config["step_sizes"].values())) == {(0.25, 0.5, 1.0, 2.0, 4.0)}
     assert len(set(ran)) == len(ran) - 1, "only the run that was interrupted was made again"

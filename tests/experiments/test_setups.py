@@ -87,7 +87,9 @@ class TestWeights:
     def test_what_is_installed_can_run_the_experiment(self, tmp_path: Path) -> None:
         """Only what `pyproject.toml` says goes along."""
         installed, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
-        globs = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["isopo_mini"]
+        globs = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"][
+            "package-data"
+        ]["isopo_mini"]
         for pattern in ["**/*.py", *globs]:
             for path in (ROOT / "isopo_mini").glob(pattern):
                 copy = installed / path.relative_to(ROOT)
@@ -100,7 +102,7 @@ class TestWeights:
         result = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
         assert "reinforce" in result.stdout
-        assert len((elsewhere / "out" / "records.jsonl").read_text().splitlines()) == 1
+        assert len((elsewhere / "out" / "records.jsonl").read_text(encoding="utf-8").splitlines()) == 1
 
     def test_the_command_that_the_error_names_makes_what_is_missing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -132,5 +134,5 @@ class TestWeights:
     def test_the_packages_own_come_first(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "weights").mkdir()
-        (tmp_path / "weights" / "addition.safetensors").write_text("somebody's")
+        (tmp_path / "weights" / "addition.safetensors").write_text("somebody's", encoding="utf-8")
         assert start_weights("addition.safetensors", "addition") == SHIPPED / "addition.safetensors"
