@@ -44,7 +44,8 @@ class PretrainedPolicy(CategoricalPolicy):
     @property
     def head_weight(self) -> Float[Tensor, "V D"]:
         """Of the output layer: its first axis is the vocabulary."""
-        return self.model.get_output_embeddings().weight
+        model: Any = self.model
+        return model.get_output_embeddings().weight
 
     def logits(self, observations: Int[Tensor, "S T"]) -> Float[Tensor, "S T V"]:
         """Unnormalised log-probabilities of the token after each position, `(S, T, V)`.
