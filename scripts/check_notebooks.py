@@ -23,6 +23,13 @@ METADATA = {
     "language_info": {"name": "python"},
 }
 CELL_METADATA = {"mystnb", "tags"}
+# A solution is folded wherever the notebook is opened: on the page, in JupyterLab, and in Colab, as a form.
+SOLUTION, TITLE = "hide-cell", "# @title Solution"
+FOLDED = {
+    "cellView": "form",
+    "jupyter": {"outputs_hidden": True, "source_hidden": True},
+    "mystnb": {"code_prompt_hide": "Hide solution", "code_prompt_show": "Show solution"},
+}
 TAGS = {"setup", "hide-input", "hide-output", "hide-cell", "remove-input", "remove-output", "remove-cell"}
 CHAPTER_FOLDERS = {"foundations", "isopo", "experiments", "neighbours", "beyond"}
 CHAPTER_SECTIONS = ("Where it breaks", "Exercises", "Summary")
@@ -45,6 +52,9 @@ def stripped(notebook: Notebook, stem: str) -> Notebook:
     for cell in notebook["cells"]:
         metadata = {key: value for key, value in cell["metadata"].items() if key in CELL_METADATA and value}
         source = "".join(cell["source"]).strip("\n")
+        if SOLUTION in metadata.get("tags", []):
+            metadata |= FOLDED | {"mystnb": metadata.get("mystnb", {}) | FOLDED["mystnb"]}
+            source = f"{TITLE}\n{source.removeprefix(TITLE).lstrip()}"
         kept = {"cell_type": cell["cell_type"], "id": cell.get("id") or next(free), "metadata": metadata}
         kept["source"] = source.splitlines(keepends=True)
         if cell["cell_type"] == "code":
@@ -73,7 +83,7 @@ def code_complaints(cells: list[Notebook]) -> list[str]:
     for cell in cells:
         source, tags = "".join(cell["source"]), set(cell["metadata"].get("tags", []))
         where = f"cell {cell.get('id')}"
-        lines = len(source.splitlines())
+        lines = len(source.removeprefix(f"{TITLE}\n").splitlines())
         if lines > CODE_LINES:
             wrong.append(f"{where}: {lines} lines of code, at most {CODE_LINES}")
         try:

@@ -98,3 +98,29 @@ def test_fixing_removes_what_a_run_left_behind_and_keeps_the_rest() -> None:
     used["cells"][3]["metadata"] = {"jupyter": {"outputs_hidden": True}, "tags": []}
     assert check_notebooks.stripped(used, "00_example") == notebook
     assert json.loads(check_notebooks.serialized(notebook)) == notebook
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
+def test_solutions_are_folded_wherever_the_notebook_is_opened(path: Path) -> None:
+    """Read as JupyterLab and Colab do, and not as `check_notebooks` writes them."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    headings = [index for index, cell in enumerate(cells) if "## Exercises" in "".join(cell["source"])]
+    for index, cell in enumerate(cells):
+        metadata, source = cell["metadata"], "".join(cell["source"])
+        if "_solution(" in source and cell["cell_type"] == "code" and "hide-cell" not in metadata.get("tags", []):
+            assert "def " not in source.split("_solution(")[0].split("\n")[-1], "a solution in plain view"
+        if "hide-cell" in metadata.get("tags", []):
+            assert headings[0] < index, "nothing but solutions is hidden whole"
+            assert metadata["jupyter"] == {"source_hidden": True, "outputs_hidden": True}  # JupyterLab
+            assert metadata["cellView"] == "form"  # Colab, with its title:
+            assert source.startswith("# @title Solution\n")
+
+
+def test_a_solution_in_plain_view_is_noticed_and_mended() -> None:
+    notebook = good_chapter()
+    notebook["cells"].append(code("assert True", "e", tags=["hide-cell"]))
+    assert "metadata" in complaints(notebook)[0]
+    mended = check_notebooks.stripped(notebook, "00_example")
+    assert complaints(mended) == []
+    assert check_notebooks.stripped(mended, "00_example") == mended, "once is enough"
+    assert "".join(mended["cells"][-1]["source"]) == "# @title Solution\nassert True"
