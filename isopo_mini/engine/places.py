@@ -75,8 +75,8 @@ def stand_ins(model: nn.Module, layers: str, make_layer: Callable[[str], Layer])
     full = full_parameters(model)
     if layers == "together" and (groups := len(fully_sharded(model))) > 1:
         raise ValueError(
-            f"layers: expected 'separate' with {groups} modules that fully_shard was given, got 'together'; FSDP2 takes "
-            f"their gradients one by one as backpropagation passes them, and these come at the end of all"
+            f"layers: expected 'separate' with {groups} modules that fully_shard was given, got 'together'; FSDP2 "
+            f"takes their gradients one by one as backpropagation passes them, and these come at the end of all"
         )
     made = {name: make_layer(name) for name in dict.fromkeys(layer_of.values())}
     shadows: dict[nn.Parameter, StandIn] = {}
