@@ -83,7 +83,7 @@ class Slot:
         """What FSDP2 keeps in the parameter's place while its values are away; None while they are there."""
         module, key = self.places[0]
         kept = module._parameters.get(key)
-        return kept if is_shard(kept) else None
+        return kept if is_shard(kept) and self.whole is None else None
 
     def check_places(self) -> None:
         """The modules must still keep this parameter: the stand-in would hide what somebody put in its place."""

@@ -129,8 +129,32 @@ def test_between_its_uses_a_parameter_can_be_looked_at() -> None:
         assert (weight.shape, weight.dtype, weight.requires_grad) == ((ACTIONS, WIDTH), torch.float64, True)
         with torch.no_grad():
             torch.testing.assert_close(weight.norm().full_tensor(), norm)
-        with pytest.raises(ValueError, match=r"parameter 'head.weight': expected a use while FSDP2 has gathered"):
-            weight.square()  # its gradient would go to the shard
+        # Gradients would go to the shard, or memory be read that is not there.
+        uses = (Tensor.square, Tensor.float, Tensor.contiguous, lambda w: w[0], lambda w: w @ w.T, lambda w: 1 + w)
+        for use in uses:
+            with pytest.raises(ValueError, match=r"parameter 'head.weight': expected a use while FSDP2 has gathered"):
+                use(weight)
+
+
+class Scaled(nn.Module):
+    """Something that is computed from a parameter, for another module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_gain = nn.Parameter(torch.zeros(ACTIONS).double())
+
+    def forward(self) -> Tensor:
+        return self.log_gain.exp()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # the value is a view, which nobody changes
+def test_what_was_computed_from_a_parameter_is_used_before_it_goes() -> None:
+    model = nn.ModuleDict({"gain": Scaled(), "model": make()})
+    fully_shard(model["gain"], reshard_after_forward=True)
+    with Isopo(model, NTK(0.3)).microbatch(A):
+        gain = model["gain"]()
+        with pytest.raises(ValueError, match=r"parameter 'gain.log_gain': expected a use while FSDP2 has gathered"):
+            model["model"].embedding(TOKENS)[..., :1] * gain
 
 
 @pytest.mark.parametrize("way", ["function", "dictionary"])
