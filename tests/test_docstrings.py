@@ -51,6 +51,7 @@ INTERNAL = {
     "isopo_mini.engine.reports",
     "isopo_mini.engine.segments",
     "isopo_mini.engine.sequence_axis",
+    "isopo_mini.engine.sharded",
     "isopo_mini.engine.stand_in",
     "isopo_mini.engine.transforms",
     "isopo_mini.engine.verification",

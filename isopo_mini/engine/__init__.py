@@ -17,9 +17,9 @@ The way of a gradient through this room:
 4. `transforms`: from Gram matrix and advantages to the coefficients c, one a sequence;
 5. `microbatch`: when all uses of a layer were seen, Σ_s c_s G_s is handed to autograd, which adds it to `.grad`.
 
-`segments` knows whose the rows of an input are where its first axis is not the sequences. `graph`, `in_place`,
-`loss_scale` and `sequence_axis` notice what would make the result wrong and name it; `verification` compares the whole
-with autograd, on your model.
+`segments` knows whose the rows of an input are where its first axis is not the sequences, `sharded` where the values
+are of parameters that FSDP2 keeps in parts. `graph`, `in_place`, `loss_scale` and `sequence_axis` notice what would
+make the result wrong and name it; `verification` compares the whole with autograd, on your model.
 """
 
 from isopo_mini.engine.isopo import Isopo, gram_matrices

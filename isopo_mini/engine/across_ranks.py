@@ -3,8 +3,8 @@
 The natural gradient lives on many sequences in one Gram matrix, and each process of a data-parallel run holds a few.
 K needs only inner products, so what has to travel are not gradients of the size of the weights but their sketches: k²
 numbers a sequence and a weight matrix, which every process gathers from all others inside its backward pass. Each then
-computes the same K and the same coefficients, keeps those of its own sequences, and `DistributedDataParallel` averages
-the gradients as it always does.
+computes the same K and the same coefficients, keeps those of its own sequences, and `DistributedDataParallel` or FSDP2
+averages the gradients as it always does.
 """
 
 from dataclasses import dataclass, field

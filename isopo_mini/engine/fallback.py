@@ -66,6 +66,7 @@ class Fallback:
 
     def copies(self, slot: Slot, sequences: int, use: str) -> Tensor:
         """One copy of a parameter a sequence, `(S, …)`."""
+        slot.check_places()  # what was computed from the parameter may meet a sequence when that has gone
         needed = sequences * slot.parameter.numel() * slot.parameter.element_size()
         if needed > self.max_bytes:
             raise UnhandledParameterError(

@@ -74,11 +74,12 @@ def _getitem(input: Any, index: Any) -> Any:
     """One entry of a stack of parameters, such as an expert's weight, is a parameter of its own."""
     if isinstance(index, Tensor) and index.ndim == 0 and index.dtype == torch.int64:
         index = int(index)
-    if not isinstance(input, StandIn) or type(index) is not int or len(shape_of(input)) < 2:
+    slot = slot_of(input)
+    if slot is None or type(index) is not int or len(shape_of(input)) < 2:
         return NotImplemented
-    if not -len(input.slot.parameter) <= index < len(input.slot.parameter):
-        raise IndexError(f"parameter '{input.slot.name}': expected an index below {len(input.slot.parameter)}")
-    return StandIn.for_slot(input.slot.part(index))
+    if not -len(slot.parameter) <= index < len(slot.parameter):
+        raise IndexError(f"parameter '{slot.name}': expected an index below {len(slot.parameter)}")
+    return StandIn.for_slot(slot.part(index))
 
 
 def _broadcasts_over_sequences(inputs: Any, parameter: Tensor) -> bool:
@@ -106,10 +107,10 @@ def _keep_if_unchanged(function: Any) -> None:
     """`w.float()` of single precision is w itself, and so is its stand-in."""
 
     def handler(input: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(input, StandIn):
+        slot = slot_of(input)
+        if slot is None:
             return NotImplemented
-        values = input.slot.values
-        return input if function(values, *args, **kwargs) is values else NotImplemented
+        return input if function(slot.values, *args, **kwargs) is slot.values else NotImplemented
 
     register(function)(handler)
 

@@ -62,8 +62,9 @@ class Isopo:
     Raises:
         ValueError: an unknown option, a process group with another `gram`, or a model without trainable parameters.
 
-    Under `DistributedDataParallel` give the inner module. Each rank transforms its own microbatch, or with a process
-    group all of them one; then gradients are averaged over the ranks as always: pass A/s, s the sequences of a process.
+    Under `DistributedDataParallel` give the inner module, under FSDP2 the one that `fully_shard` was given. Each rank
+    transforms its own microbatch, or with a process group all of them one; then gradients are averaged over the ranks
+    as always: pass A/s, s the sequences of a process.
     """
 
     def __init__(
@@ -132,7 +133,8 @@ class Isopo:
             ValueError: advantages are not a finite floating `(S,)`; a layer's input does not have S first, or has rows
                 of other sequences there; sequences are in another order, or in a batch normalisation; the loss has a
                 trainable parameter that the model has not; a parameter was exchanged, as `torch.func.functional_call`
-                does, or is on the meta device; the loss scale is not positive.
+                does, or is on the meta device, or is used as the shard of it that a process has; the loss scale is not
+                positive.
             UnhandledParameterError: a trainable parameter is used in a way that no handler covers.
             RuntimeError: a microbatch of this model is open already; a parameter was replaced; what a use kept was
                 changed in place; a checkpoint is re-entrant; a backward pass stopped halfway, was a second one for

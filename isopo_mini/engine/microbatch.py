@@ -77,7 +77,7 @@ class LayerUses:
         """Backward has reached a use of a weight matrix: G_s += Σ_t left_st right_stᵀ."""
         if not self.wanted():
             return
-        rows, columns = slot.parameter.shape[0], slot.parameter[0].numel()
+        rows, columns = slot.parameter.shape[0], slot.parameter.shape[1:].numel()
         matrix = self.uses.setdefault(slot.name, MatrixGradients(rows, columns))
         if isinstance(matrix, VectorGradients):  # an earlier use gave it in full
             matrix = self.uses[slot.name] = matrix.as_matrix(rows, columns)

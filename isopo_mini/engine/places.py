@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 
 from isopo_mini.engine.recurrent_modules import weights_in_lists
+from isopo_mini.engine.sharded import full_parameters, fully_sharded, is_shard
 from isopo_mini.engine.stand_in import Layer, Slot, StandIn
 
 
@@ -66,11 +67,18 @@ def stand_ins(model: nn.Module, layers: str, make_layer: Callable[[str], Layer])
         make_layer: makes the layer of a name, to which the uses of its parameters report.
 
     Raises:
-        ValueError: a parameter has no values, being on the meta device.
+        ValueError: a parameter has no values, being on the meta device; or it is a shard that FSDP2 does not gather
+            for this model; or FSDP2 gathers it in several parts, and the layers are to be one.
         RuntimeError: there are stand-ins already, or a parameter was replaced inside of the block.
     """
     places = _places(model)
     layer_of = _layers_of(places, layers)
+    full = full_parameters(model)
+    if layers == "together" and (groups := len(fully_sharded(model))) > 1:
+        raise ValueError(
+            f"layers: expected 'separate' with {groups} modules that fully_shard was given, got 'together'; FSDP2 "
+            f"takes their gradients one by one as backpropagation passes them, and these come at the end of all"
+        )
     made = {name: make_layer(name) for name in dict.fromkeys(layer_of.values())}
     shadows: dict[nn.Parameter, StandIn] = {}
     shadowed: list[tuple[nn.Module, str, StandIn]] = []
@@ -86,7 +94,14 @@ def stand_ins(model: nn.Module, layers: str, make_layer: Callable[[str], Layer])
                         f"parameter '{name}': expected values, got a tensor on the meta device; give it memory with "
                         f"to_empty() and load its values first"
                     )
-                shadows[parameter] = StandIn.for_slot(Slot(name, parameter, made[layer_of[parameter]]))
+                whole: Any = full.get(parameter, parameter)
+                if is_shard(whole):
+                    raise ValueError(
+                        f"parameter '{name}': expected all of it, or a part that fully_shard has made, got a DTensor "
+                        f"placed {whole.placements}; give Isopo the module that was given to fully_shard, and use no "
+                        f"tensor parallelism"
+                    )
+                shadows[parameter] = StandIn.for_slot(Slot(name, whole, made[layer_of[parameter]]))
             shadows[parameter].slot.places.append((module, key))
             # An entry of __dict__ hides the parameter from attribute access and from nothing else:
             # parameters(), state_dict() and the optimizer still see the real one.
@@ -110,7 +125,8 @@ def _remove(shadowed: list[tuple[nn.Module, str, StandIn]]) -> list[str]:
         if module.__dict__.get(key) is shadow:
             del module.__dict__[key]
         parameter, values = shadow.slot.parameter, shadow.slot.values
-        if module._parameters.get(key) is not parameter or parameter.data_ptr() != values.data_ptr():
+        kept = module._parameters.get(key)  # after the backward pass FSDP2 has put the shard back
+        if (kept is not parameter and not is_shard(kept)) or parameter.data_ptr() != values.data_ptr():
             replaced.append(shadow.slot.name)
     return replaced
 

@@ -27,6 +27,7 @@ ALONG_AN_AXIS = frozenset(
     for version in (0, 1)
 )
 VIEWS = frozenset(("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"))
+SHARDED_MODULE = "RegisterPostBackwardFunctionBackward"  # where FSDP2 hands a module its inputs, as they are
 KEY = "isopo_mini.segments"  # of a node's metadata
 LONGEST_HISTORY = 64  # nodes that are looked at
 
@@ -142,6 +143,9 @@ def _index(node: Any, output: int, start: Segments, left: list[int]) -> Tensor |
     if name in VIEWS:
         sizes = node._saved_self_sym_sizes
         return _of_input(node, start, left) if sizes[0] == rows else _unflattened(sizes, rows, start)
+    if name == SHARDED_MODULE:
+        parent, number = node.next_functions[output]
+        return _index(parent, number, start, left)
     chosen = _chosen_rows(node, name, output)
     if chosen is not None:
         sizes = node._saved_self_sym_sizes

@@ -15,10 +15,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from isopo_mini.engine.in_place import not_a_view
 from isopo_mini.engine.segments import Segments, from_history
+from isopo_mini.engine.sharded import is_shard
 
 PAST_PYTORCH = "an autograd.Function or an extension that reads its values"
 
@@ -78,15 +79,29 @@ class Slot:
             self.parts[index].whole = self
         return self.parts[index]
 
+    def shard(self) -> Tensor | None:
+        """What FSDP2 keeps in the parameter's place while its values are away; None while they are there."""
+        module, key = self.places[0]
+        kept = module._parameters.get(key)
+        return kept if is_shard(kept) and self.whole is None else None
+
     def check_places(self) -> None:
         """The modules must still keep this parameter: the stand-in would hide what somebody put in its place."""
         parameter = self.parameter if self.whole is None else self.whole.parameter
         for module, key in self.places:
-            if module._parameters.get(key) is not parameter:
+            kept = module._parameters.get(key)
+            if kept is parameter:
+                continue
+            if is_shard(kept):
                 raise ValueError(
-                    f"parameter '{self.name}': expected the model's own parameter while a microbatch is open, got "
-                    f"another tensor in its place; use torch.func.functional_call outside of the block"
+                    f"parameter '{self.name}': expected a use while FSDP2 has gathered its values, got one while it is "
+                    f"a shard; call the module that fully_shard was given, or tell FSDP2 of another method than "
+                    f"forward by register_fsdp_forward_method"
                 )
+            raise ValueError(
+                f"parameter '{self.name}': expected the model's own parameter while a microbatch is open, got "
+                f"another tensor in its place; use torch.func.functional_call outside of the block"
+            )
 
     def check_input(self, tensor: Tensor, axes: int) -> Segments | None:
         """At least `axes` axes must be there, and the first must be the sequences; or else whose its rows are."""
@@ -170,6 +185,11 @@ class StandIn(Tensor):
             if result is not NotImplemented:
                 return result
         (first, *_) = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, StandIn)]
+        shard = first.slot.shard()
+        if shard is not None:
+            answer = _of_shard(shard, first, func, args, kwargs)
+            if answer is not NotImplemented:
+                return answer
         return first.slot.layer.fallback(func, args, kwargs)
 
 
@@ -205,6 +225,17 @@ class Copied(Tensor):
             if result is not NotImplemented:
                 return result
         return copied[0].slots[0].layer.fallback(func, args, kwargs)
+
+
+def _of_shard(shard: Tensor, stand_in: StandIn, func: Callable, args: Any, kwargs: Any) -> Any:
+    """What the function gives with the shard alone, such as its dtype; else `NotImplemented`, and it is refused."""
+    leaves, structure = tree_flatten((args, kwargs))
+    if sum(isinstance(leaf, Tensor) for leaf in leaves) > 1:
+        return NotImplemented
+    args, kwargs = tree_unflatten([shard if leaf is stand_in else leaf for leaf in leaves], structure)
+    answer = func(*args, **kwargs)
+    asks = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(answer))
+    return NotImplemented if asks else answer
 
 
 def slot_of(tensor: Any) -> Slot | None:

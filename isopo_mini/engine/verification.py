@@ -14,6 +14,7 @@ from isopo_mini.engine.graph import leaves_of
 from isopo_mini.engine.microbatch import Microbatch, Uses
 from isopo_mini.engine.parameter_gradients import MatrixGradients, VectorGradients
 from isopo_mini.engine.segments import Segments
+from isopo_mini.engine.sharded import full_parameters
 from isopo_mini.precision import at_least_float32
 
 NAMED = 5  # parameters that an error lists
@@ -75,7 +76,8 @@ def verify(
     if not isinstance(num_sequences, int):
         raise TypeError(f"num_sequences: expected an integer, got {type(num_sequences).__name__}")
     checks.require_at_least("num_sequences", num_sequences, 2)
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    full = full_parameters(model)
+    parameters = {name: full.get(each, each) for name, each in model.named_parameters() if each.requires_grad}
     if not parameters:
         raise ValueError("model: expected at least one trainable parameter, got none")
     checks.require_positive("loss_scale", loss_scale)

@@ -1,23 +1,19 @@
 """Two processes with half of the sequences each take the step of one process with all of them."""
 
 import os
-import socket
 import time
-from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
+from two_processes import RANKS, join, spawn
 
 from isopo_mini.engine import NTK, FisherNormalized, Isopo, LayerScaled, Transform
 from isopo_mini.policies import CausalTransformer
 
-RANKS, SEQUENCES, POSITIONS, VOCABULARY = 2, 6, 5, 9
+SEQUENCES, POSITIONS, VOCABULARY = 6, 5, 9
 K = 4  # of the sketches, smaller than both sides of most weights
 TRANSFORMS: list[Transform] = [NTK(0.3), NTK(0.3, scale="natural"), FisherNormalized(), LayerScaled()]
 
@@ -50,20 +46,6 @@ def two_steps(policy: nn.Module, isopo: Isopo, tokens: Tensor, advantages: Tenso
             {n.removeprefix("module."): p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
         )
     return found
-
-
-def join(rank: int, port: int, seconds: float = 60.0) -> None:
-    """This process becomes one of two."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS, timeout=timedelta(seconds=seconds))
-
-
-def spawn(worker: Callable[..., None], *arguments: Any) -> None:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = int(found.getsockname()[1])
-    mp.spawn(worker, args=(port, *arguments), nprocs=RANKS)
 
 
 def half_of_the_sequences(rank: int, port: int, folder: str) -> None:
