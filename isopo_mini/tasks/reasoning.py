@@ -15,14 +15,19 @@ from isopo_mini.batch import Batch
 from isopo_mini.policies.pretrained import PretrainedPolicy, require_packages
 from isopo_mini.policies.sampling import Sampled
 
-# Of the questions: endless ones to train on, others to be asked at evaluations, and examples that the prompts show.
-TRAINING_SEED, EVALUATION_SEED, EXAMPLE_SEED = 0, 20_000, 40_000
+# Question i of a generator with seed n is drawn with seed n + i: so these, to train on, to be asked at evaluations, and
+# the examples that prompts show, share no seed. Of few kinds of questions some come up in all three nevertheless.
 QUESTIONS = 1_000_000
+TRAINING_SEED, EVALUATION_SEED, EXAMPLE_SEED = 0, 2 * QUESTIONS, 4 * QUESTIONS
 
 
 def after_colon(question: str) -> str:
     """`4 - 1 =` of "State the final answer to the following arithmetic problem: 4 - 1 ="."""
     return question.rpartition(":")[2].strip()
+
+
+# What is left of the questions of a generator that says much around them; all of any other's.
+SHORTENED: dict[str, Callable[[str], str]] = {"chain_sum": after_colon}
 
 
 class ReasoningTask:
@@ -41,7 +46,7 @@ class ReasoningTask:
         name: of the generator.
         examples: solved ones in front of every question, always the same; without any, a small model does not know
             what is wanted of it.
-        shorten: what is left of the generator's question.
+        shorten: what is left of the generator's question, on one line; None for what `SHORTENED` says of it.
         max_new_tokens: most tokens of an answer, the line break that ends it included.
         group_size: answers drawn to every question of a batch.
         evaluation_prompts: questions that `evaluate` asks, the same each time.
@@ -50,7 +55,8 @@ class ReasoningTask:
 
     Raises:
         ImportError: `reasoning-gym` is missing.
-        ValueError: a number is out of range, there is no such generator, or a line break is not one token.
+        ValueError: a number is out of range, there is no such generator, a line break is not one token, or a question
+            takes several lines.
     """
 
     def __init__(
@@ -59,7 +65,7 @@ class ReasoningTask:
         name: str = "chain_sum",
         *,
         examples: int = 1,
-        shorten: Callable[[str], str] = after_colon,
+        shorten: Callable[[str], str] | None = None,
         max_new_tokens: int = 6,
         group_size: int = 8,
         evaluation_prompts: int = 64,
@@ -78,13 +84,13 @@ class ReasoningTask:
             "evaluation_prompts": evaluation_prompts,
         }.items():
             checks.require_at_least(count_name, count, 1)
-        if not 0 < threshold <= 1:
-            raise ValueError(f"threshold: expected a number above 0, up to 1, got {threshold}")
+        if not isinstance(threshold, int | float) or not 0 < threshold <= 1:
+            raise ValueError(f"threshold: expected a number above 0, up to 1, got {threshold!r}")
         ends = tokenizer.encode("\n", add_special_tokens=False)
         if len(ends) != 1:
             raise ValueError(f"tokenizer: expected one token for a line break, which ends an answer, got {ends}")
         self.tokenizer, self.end_token = tokenizer, ends[0]
-        self.shorten, self.threshold = shorten, threshold
+        self.shorten, self.threshold = shorten or SHORTENED.get(name, str.strip), threshold
         self.max_new_tokens, self.group_size = max_new_tokens, group_size
 
         def questions(size: int, seed: int) -> Any:
@@ -93,7 +99,10 @@ class ReasoningTask:
         self.training = questions(QUESTIONS, TRAINING_SEED)
         self.evaluation = questions(evaluation_prompts, EVALUATION_SEED)
         shown = questions(max(examples, 1), EXAMPLE_SEED)
-        lines = [f"{shorten(shown[i]['question'])} {shown[i]['answer']}\n" for i in range(examples)]
+        lines = [f"{self.shorten(shown[i]['question'])} {shown[i]['answer']}\n" for i in range(examples)]
+        for line in lines or [f"{self.shorten(shown[0]['question'])}\n"]:
+            if "\n" in line[:-1]:
+                raise ValueError(f"shorten: expected question and answer on one line, got {line!r}")
         self.preamble = "".join(lines)
 
     def sample(self, policy: PretrainedPolicy, num_sequences: int, generator: torch.Generator | None = None) -> Batch:
@@ -139,8 +148,9 @@ class ReasoningTask:
         }
 
     def answers(self, sampled: Sampled) -> list[str]:
-        """The text of every answer, without the line break that ends it."""
-        return [self.tokenizer.decode(tokens.tolist()).strip() for tokens in sampled.responses()]
+        """The text of every answer up to the line break, which may be a part of a token."""
+        texts = [self.tokenizer.decode(tokens.tolist()) for tokens in sampled.responses()]
+        return [text.strip().partition("\n")[0].strip() for text in texts]
 
     def grade(self, entries: Sequence[dict[str, Any]], sampled: Sampled) -> Float[Tensor, "S"]:
         """1 for every answer whose score reaches the threshold, else 0; one entry of the generator for each."""

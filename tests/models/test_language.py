@@ -1,6 +1,7 @@
 """A language model of transformers as policy, questions of reasoning-gym, and SmolLM2 where its weights are."""
 
 import importlib.util
+import itertools
 from typing import Any
 
 import pytest
@@ -9,9 +10,19 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
 
+import reasoning_gym
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    PreTrainedTokenizerFast,
+    RwkvConfig,
+)
 
 from isopo_mini.engine import verify
 from isopo_mini.experiments.runs import Run, run
@@ -133,6 +144,31 @@ class TestPolicy:
         with pytest.raises(ValueError, match=message):
             policy.sample(torch.ones(1, 3, dtype=torch.int64), **{"max_new_tokens": 2} | options)
 
+    def test_a_model_that_computes_all_logits(self, policy: PretrainedPolicy, task: ReasoningTask) -> None:
+        batch = task.sample(policy, 4, generator=generator())
+        expected, forward = policy.log_prob(batch), policy.model.forward
+        policy.model.forward = lambda logits_to_keep, **rest: forward(**rest)
+        torch.testing.assert_close(policy.log_prob(batch), expected)
+
+    @pytest.mark.parametrize("architecture", [RwkvConfig, MambaConfig])
+    def test_a_model_without_such_a_cache_is_refused(self, architecture: Any) -> None:
+        """RWKV takes the argument, and reads on without its past."""
+        sizes = {"vocab_size": 41, "hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16}
+        policy = PretrainedPolicy(AutoModelForCausalLM.from_config(architecture(**sizes)))
+        with pytest.raises(ValueError, match=r"model: expected one that keeps what it reads in `cache`.*kept 0 of 3"):
+            policy.sample(torch.ones(1, 3, dtype=torch.int64), 2)
+
+    def test_models_that_are_none(self) -> None:
+        sizes = {"vocab_size": 41, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
+        encoder = BertLMHeadModel(BertConfig(**sizes, num_attention_heads=2))
+        with pytest.raises(
+            ValueError, match=r"logits that depend on earlier tokens only, got those of BertLMHeadModel"
+        ):
+            PretrainedPolicy(encoder)
+        for model in (torch.nn.Linear(2, 2), encoder.bert):
+            with pytest.raises(ValueError, match="expected a language model with an output layer, got"):
+                PretrainedPolicy(model)
+
     def test_no_observations(self, policy: PretrainedPolicy) -> None:
         with pytest.raises(ValueError, match="observations: expected"):
             policy.logits(torch.ones(2, 0, dtype=torch.int64))
@@ -153,6 +189,23 @@ class TestTask:
         texts = [written.format(entry["answer"]) for entry in entries]
         assert task.grade(entries, written_by(task, texts)).tolist() == [reward] * 4
 
+    def test_questions_are_drawn_with_seeds_of_their_own(self, task: ReasoningTask) -> None:
+        """Question i of seed n is question 0 of seed n + i."""
+        assert task.training[7]["question"] == reasoning_gym.create_dataset("chain_sum", seed=7, **SUMS)[0]["question"]
+        spans = [
+            range(seed, seed + count)
+            for seed, count in [
+                (reasoning.TRAINING_SEED, len(task.training)),
+                (reasoning.EVALUATION_SEED, len(task.evaluation)),
+                (reasoning.EXAMPLE_SEED, 1),
+            ]
+        ]
+        assert all(before.stop <= after.start for before, after in itertools.pairwise(spans))
+
+    def test_questions_of_other_generators_stay_whole(self) -> None:
+        task = ReasoningTask(make_tokenizer(), "caesar_cipher")
+        assert task.prompt(task.training[0]).endswith(task.training[0]["question"])
+
     def test_a_batch(self, policy: PretrainedPolicy, task: ReasoningTask) -> None:
         batch = task.sample(policy, 12, generator=generator())
         assert batch.groups.tolist() == [0] * 4 + [1] * 4 + [2] * 4
@@ -172,6 +225,7 @@ class TestTask:
             ({"examples": -1}, "examples: expected"),
             ({"group_size": 0}, "group_size: expected"),
             ({"threshold": 0.0}, "threshold: expected a number above 0, up to 1, got 0"),
+            ({"name": "countdown"}, "shorten: expected question and answer on one line"),
             ({"tokenizer": make_tokenizer("two")}, "tokenizer: expected one token for a line break"),
         ],
     )
@@ -256,9 +310,12 @@ def test_it_is_an_experiment_like_the_others(monkeypatch: pytest.MonkeyPatch, po
 
     monkeypatch.setattr(setups, "load_smollm2", lambda device: (policy, make_tokenizer()))
     assert isinstance(setups.setup_of("language").make(torch.device("cpu"))[0], Task)
+    monkeypatch.setattr(ReasoningTask, "grade", lambda self, entries, sampled: (sampled.actions.sum(1) % 2).double())
+    first = [parameter.detach().clone() for parameter in policy.parameters()]
     record = run(Run("language", "ntk:scale=natural,gram=sketched", 1e-3, 0, optimizer="sgd", sequences=16, steps=2))
     assert record["status"] == "finished"
-    assert record["curve"]["return"] == pytest.approx([0.0] * 3, abs=0.2)
+    assert len(record["curve"]["return"]) == 3
+    assert any((now != before).any() for now, before in zip(policy.parameters(), first, strict=True))
 
 
 def test_the_shortened_question() -> None:
