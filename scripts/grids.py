@@ -166,8 +166,8 @@ LONG = {
     "layer_scaled": Family("layer", ("momentum",)),
     "reinforce": Family("gradient", ("muon",)),
 }
-# A real language model, each rule with the optimizer that suited it best on addition, one seed to choose, three to
-# report: about an hour.
+# A real language model, one seed to choose, three to report: about an hour. One optimizer each: for the rules with a
+# scale of their own the one that was best on addition, for the others the one that language models are trained with.
 LANGUAGE = {
     "reinforce": Family("gradient", ("adamw",)),
     "grpo" + ONE_PASS: Family("old policy", ("adamw",)),
