@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import citations
 from sync_address import ROOT, notebooks
 from whole_files import write_whole
 
@@ -52,6 +53,8 @@ def stripped(notebook: Notebook, stem: str) -> Notebook:
     for cell in notebook["cells"]:
         metadata = {key: value for key, value in cell["metadata"].items() if key in CELL_METADATA and value}
         source = "".join(cell["source"]).strip("\n")
+        if cell["cell_type"] == "markdown":
+            source = citations.as_links(source)
         if SOLUTION in metadata.get("tags", []):
             metadata |= FOLDED | {"mystnb": metadata.get("mystnb", {}) | FOLDED["mystnb"]}
             source = f"{TITLE}\n{source.removeprefix(TITLE).lstrip()}"
@@ -139,6 +142,8 @@ def complaints(text: str, path: Path) -> list[str]:
     wrong = form_complaints(text, path.stem)
     wrong += code_complaints([cell for cell in notebook["cells"] if cell["cell_type"] == "code"])
     wrong += formula_complaints([cell for cell in notebook["cells"] if cell["cell_type"] == "markdown"])
+    for cell in notebook["cells"]:
+        wrong += [f"cell {cell.get('id')}: {said}" for said in citations.complaints("".join(cell["source"]))]
     if path.parent.name in CHAPTER_FOLDERS:
         wrong += chapter_complaints(notebook)
     return wrong
