@@ -52,7 +52,7 @@ def check(
             got = function(*copy.deepcopy(case))
         except NotImplementedError:
             got = None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             print(f"{name}: case {number} of {len(cases)} raised {type(error).__name__}: {error}")
             print(f"  input:    {_shown(case)}")
             return None

@@ -23,18 +23,26 @@ from whole_files import write_whole
 ROOT = Path(__file__).resolve().parent.parent
 
 SETUP_CELL = """\
-# Where isopo_mini is missing, as in a fresh Colab, this cell fetches the repository. Elsewhere it does nothing.
+# Where isopo_mini or its records are missing, as in a fresh Colab, this cell fetches the repository.
 import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
-if importlib.util.find_spec("isopo_mini") is None:
-    repository = Path("isopo-mini").resolve()  # the package, and the records that some chapters read
+found = importlib.util.find_spec("isopo_mini")
+if found is None or not (Path(found.origin).parents[1] / "results").is_dir():
+    address, repository = "{url}", Path("isopo-mini").resolve()
+    clone = ["git", "-c", "advice.detachedHead=false", "clone", "--quiet", "--depth", "1"]
+    for version in ("{tag}", "{branch}"):  # as released, or else as it is now
+        if not repository.exists():
+            subprocess.run([*clone, "--branch", version, address, str(repository)])
     if not repository.exists():
-        clone = ["git", "-c", "advice.detachedHead=false", "clone", "--quiet", "--depth", "1", "--branch", "{tag}"]
-        subprocess.run([*clone, "{url}", str(repository)], check=True)
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--editable", str(repository)], check=True)
+        raise RuntimeError(
+            f"expected {tag} or {branch} of {{address}}, got neither: see what git said above, "
+            "or clone the repository by hand beside this notebook, as isopo-mini"
+        )
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--editable"]
+    subprocess.run([*install, str(repository)], check=True)
     sys.path.insert(0, str(repository))  # a running kernel does not see what was installed after its start"""
 
 
@@ -74,7 +82,7 @@ class Address:
     @property
     def setup_cell(self) -> str:
         """The first code cell of every notebook."""
-        return SETUP_CELL.format(url=self.url, tag=self.tag)
+        return SETUP_CELL.format(url=self.url, tag=self.tag, branch=self.branch)
 
     def colab(self, notebook: str) -> str:
         """The address that opens a notebook of this repository in Colab."""

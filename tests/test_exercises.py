@@ -127,3 +127,11 @@ def test_a_function_that_changes_its_input_spoils_nothing() -> None:
 def test_no_cases_would_pass_everything() -> None:
     with pytest.raises(ValueError, match="cases: expected at least one, got none"):
         check(scaled, scaled, [])
+
+
+def test_a_function_that_ends_the_program_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    def gives_up(x: float) -> None:
+        raise SystemExit(1)  # as `exit()` does
+
+    assert exercises.check(gives_up, lambda x: x, [(1.0,)]) is None
+    assert "gives_up: case 1 of 1 raised SystemExit: 1" in capsys.readouterr().out

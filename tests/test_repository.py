@@ -173,18 +173,73 @@ def test_bibliography_has_no_entry_twice_and_the_references_explain_each() -> No
     assert explained == set(keys)
 
 
-def test_the_setup_cell_clones_installs_and_makes_the_clone_importable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """A repository with the branch `main` and the tag `v0.1.0`, each with a file that says so."""
+    folder = tmp_path / "published"
+    folder.mkdir()
+
+    def git(*arguments: str) -> None:
+        author = ["-c", "user.name=A", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(folder), *author, *arguments], check=True, capture_output=True)
+
+    git("init", "--quiet", "--initial-branch", "main")
+    for name in ("tag", "main"):
+        (folder / "which").write_text(name, encoding="utf-8")
+        git("add", "which")
+        git("commit", "--quiet", "-m", name)
+        if name == "tag":
+            git("tag", "v0.1.0")
+    return folder
+
+
+class Fetch:
+    """What the setup cell does where this package is missing: git for real, and pip's command noted."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, found: object = None) -> None:
+        self.folder, self.installed = folder, []
+        actual = subprocess.run
+
+        def run(command: list[str], **options: object) -> object:
+            if command[0] == "git":
+                return actual(command, **options, capture_output=True)
+            self.installed.append(command)
+
+        folder.mkdir(exist_ok=True)
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        monkeypatch.setattr(subprocess, "run", run)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+
+    def by(self, address: str, tag: str, branch: str) -> str:
+        exec(sync_address.SETUP_CELL.format(url=address, tag=tag, branch=branch), {})
+        assert self.installed[0][-2:] == ["--editable", str(self.folder / "isopo-mini")]
+        assert sys.path[0] == str(self.folder / "isopo-mini")
+        return (self.folder / "isopo-mini" / "which").read_text(encoding="utf-8")
+
+
+def test_the_setup_cell_does_nothing_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("the package is here, and so are its records"))
+    exec(sync_address.read_address(ROOT).setup_cell, {})
+
+
+@pytest.mark.parametrize(("tag", "which"), [("v0.1.0", "tag"), ("v9.9.9", "main")])
+def test_the_setup_cell_fetches_the_release_or_else_the_branch(
+    tag: str, which: str, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    address, commands = sync_address.read_address(ROOT), []
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
-    exec(address.setup_cell, {})
-    assert commands == []  # the package is here
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    exec(address.setup_cell, {})
-    clone, install = commands
-    assert clone[-3:] == [address.tag, address.url, str(tmp_path / "isopo-mini")]
-    assert install[-2:] == ["--editable", str(tmp_path / "isopo-mini")]
-    assert sys.path[0] == str(tmp_path / "isopo-mini")
+    assert Fetch(tmp_path / "here", monkeypatch).by(published.as_uri(), tag, "main") == which
+
+
+def test_the_setup_cell_fetches_the_records_of_a_package_that_came_without(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site-packages" / "isopo_mini" / "__init__.py"
+    found = importlib.util.spec_from_file_location("isopo_mini", package)
+    assert Fetch(tmp_path / "here", monkeypatch, found).by(published.as_uri(), "v0.1.0", "main") == "tag"
+
+
+def test_the_setup_cell_says_what_it_could_not_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetch = Fetch(tmp_path / "here", monkeypatch)
+    with pytest.raises(RuntimeError, match=r"expected v0\.1\.0 or main of file:.*nowhere, got neither: .*by hand"):
+        fetch.by((tmp_path / "nowhere").as_uri(), "v0.1.0", "main")
+    assert fetch.installed == []
