@@ -133,5 +133,5 @@ def test_a_function_that_ends_the_program_does_not(capsys: pytest.CaptureFixture
     def gives_up(x: float) -> None:
         raise SystemExit(1)  # as `exit()` does
 
-    assert exercises.check(gives_up, lambda x: x, [(1.0,)]) is None
+    assert check(gives_up, lambda x: x, [(1.0,)]) is None
     assert "gives_up: case 1 of 1 raised SystemExit: 1" in capsys.readouterr().out
