@@ -1,9 +1,8 @@
 """What the engine knows about PyTorch's functions: each written in terms of the three uses of `layer_functions.py`.
 
 Matrix products are in `product_handlers`, and what is made of them in `convolution_handlers`, `attention_handler` and
-`recurrent_handlers`.
-Any other function goes to the fallback in `copies`. To save its copies, register one more. A norm of channels, for
-example, is a gain and a shift of the last axis once the channels are there:
+`recurrent_handlers`. Any other function goes to the fallback in `copies`. To save its copies, register one more. A norm
+of channels, for example, is a gain and a shift of the last axis once the channels are there:
 
     @engine.register(F.instance_norm)
     def norm(input, weight=None, bias=None, **rest):

@@ -89,10 +89,8 @@ def _commit() -> str:
     folder = Path(isopo_mini.__file__).parent
     try:
         _git(folder, "ls-files", "--error-unmatch", "__init__.py", "../pyproject.toml")
-        if (
-            tomllib.loads((folder.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"]
-            != "isopo_mini"
-        ):
+        project = tomllib.loads((folder.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        if project["name"] != "isopo_mini":
             return "unknown"
         commit = _git(folder, "rev-parse", "--short=12", "HEAD")
         return commit + ("+" if _git(folder, "status", "--porcelain", "--", ".") else "")

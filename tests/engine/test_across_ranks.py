@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from two_processes import RANKS, join, spawn
+from two_processes import RANKS, SEQUENCES, join, log_prob, make_data, spawn
 
 from isopo_mini.engine import NTK, FisherNormalized, Isopo, LayerScaled, Transform
 from isopo_mini.policies import CausalTransformer
 
-SEQUENCES, POSITIONS, VOCABULARY = 6, 5, 9
+POSITIONS, VOCABULARY = 5, 9
 K = 4  # of the sketches, smaller than both sides of most weights
 TRANSFORMS: list[Transform] = [NTK(0.3), NTK(0.3, scale="natural"), FisherNormalized(), LayerScaled()]
 
@@ -21,17 +21,6 @@ TRANSFORMS: list[Transform] = [NTK(0.3), NTK(0.3, scale="natural"), FisherNormal
 def make_policy() -> nn.Module:
     torch.manual_seed(0)
     return CausalTransformer(VOCABULARY, POSITIONS, width=8, layers=2, heads=2).double()
-
-
-def make_data() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(VOCABULARY, (SEQUENCES, POSITIONS), generator=generator)
-    return tokens, torch.randn(SEQUENCES, generator=generator).double()
-
-
-def log_prob(policy: nn.Module, tokens: Tensor) -> Tensor:
-    log_probs = policy(tokens[:, :-1]).log_softmax(-1)
-    return log_probs.gather(-1, tokens[:, 1:, None])[..., 0].sum(dim=1)
 
 
 def two_steps(policy: nn.Module, isopo: Isopo, tokens: Tensor, advantages: Tensor) -> list[dict[str, Tensor]]:
@@ -50,7 +39,7 @@ def two_steps(policy: nn.Module, isopo: Isopo, tokens: Tensor, advantages: Tenso
 
 def half_of_the_sequences(rank: int, port: int, folder: str) -> None:
     join(rank, port)
-    tokens, advantages = (values.chunk(RANKS)[rank] for values in make_data())
+    tokens, advantages = (values.chunk(RANKS)[rank] for values in make_data(POSITIONS, VOCABULARY))
     results, received = [], []
     for transform in TRANSFORMS:
         policy = make_policy()
@@ -72,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_step_is_that_of_one_process_with_all_sequences(folder: Path) -> None:
-    tokens, advantages = make_data()
+    tokens, advantages = make_data(POSITIONS, VOCABULARY)
     for number, transform in enumerate(TRANSFORMS):
         policy = make_policy()
         isopo = Isopo(policy, transform, gram="sketched", sketch_size=K)
@@ -106,7 +95,7 @@ def test_what_travels_is_as_large_as_the_sketches(folder: Path) -> None:
 
 def one_sequence_more(rank: int, port: int) -> None:
     join(rank, port)
-    tokens, advantages = make_data()
+    tokens, advantages = make_data(POSITIONS, VOCABULARY)
     isopo = Isopo(make_policy(), NTK(0.3), gram="sketched", process_group=dist.group.WORLD)
     with pytest.raises(ValueError, match=r"expected as many sequences in every process of the group, got \[2, 3\]"):
         two_steps(isopo.model, isopo, tokens[: 2 + rank], advantages[: 2 + rank])
@@ -120,7 +109,7 @@ def test_every_process_needs_as_many_sequences() -> None:
 def one_leaves(rank: int, port: int, way: str, left: str) -> None:
     """The second process goes in the middle of a step; the first writes down how long it waited for it."""
     join(rank, port, seconds=3.0)
-    tokens, advantages = (values.chunk(RANKS)[rank] for values in make_data())
+    tokens, advantages = (values.chunk(RANKS)[rank] for values in make_data(POSITIONS, VOCABULARY))
     policy = make_policy()
     isopo = Isopo(policy, NTK(0.3), gram="sketched", process_group=dist.group.WORLD)
     began = time.monotonic()
@@ -154,6 +143,6 @@ def test_sketches_travel_and_nothing_else_does(tmp_path: Path) -> None:
                 Isopo(policy, NTK(), gram=gram, process_group=group)
         isopo = Isopo(policy, FisherNormalized("token"), gram="sketched", process_group=group)
         with pytest.raises(ValueError, match="norm: expected 'sequence' where Gram matrices are shared"):
-            two_steps(policy, isopo, *make_data())
+            two_steps(policy, isopo, *make_data(POSITIONS, VOCABULARY))
     finally:
         dist.destroy_process_group()

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from two_processes import RANKS, join, spawn
+from two_processes import RANKS, SEQUENCES, join, log_prob, make_data, spawn
 
 from isopo_mini.engine import NTK, FisherNormalized, Isopo, Transform, layer_names
 from isopo_mini.policies import CausalTransformer
 
-SEQUENCES, POSITIONS, VOCABULARY = 6, 4, 7
+POSITIONS, VOCABULARY = 4, 7
 DAMPING, STEPS, STEP_SIZE, MOMENTUM = 0.3, 3, 0.05, 0.9
 WHOLE = 64  # a sketch at least as large as both sides of every weight is the gradient itself
 
@@ -78,17 +78,6 @@ def make_policy(tied: bool = False) -> nn.Module:
     return CausalTransformer(VOCABULARY, POSITIONS, width=4, layers=2, heads=2, tied_head=tied).double()
 
 
-def make_data() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(VOCABULARY, (SEQUENCES, POSITIONS), generator=generator)
-    return tokens, torch.randn(SEQUENCES, generator=generator).double()
-
-
-def log_prob(policy: nn.Module, tokens: Tensor) -> Tensor:
-    log_probs = policy(tokens[:, :-1]).log_softmax(-1)
-    return log_probs.gather(-1, tokens[:, 1:, None])[..., 0].sum(dim=1)
-
-
 def gradients_of_loop(policy: nn.Module, tokens: Tensor, advantages: Tensor, case: Case, average: Average) -> list:
     """Σ_s c_s G_s for every parameter, from one backward pass a sequence."""
     parameters, names = list(policy.parameters()), layer_names(policy)
@@ -104,7 +93,7 @@ def gradients_of_loop(policy: nn.Module, tokens: Tensor, advantages: Tensor, cas
 
 def steps_of_loop(case: Case) -> list[Tensor]:
     """The weights after the steps: one Gram matrix for all sequences, or one for each half and the mean of both."""
-    policy, (tokens, advantages) = make_policy(case.tied), make_data()
+    policy, (tokens, advantages) = make_policy(case.tied), make_data(POSITIONS, VOCABULARY)
     optimizer = torch.optim.SGD(policy.parameters(), lr=STEP_SIZE, momentum=MOMENTUM)
     parts = 1 if case.shared else RANKS
     histories: list[dict[str, Tensor]] = [{} for _ in range(parts)]
@@ -144,7 +133,7 @@ def shard(policy: nn.Module, reshard: bool = True, way: str = "plain") -> nn.Mod
 
 def steps(case: Case, rank: int, sketch_size: int = WHOLE) -> list[Tensor]:
     """The weights after the steps of this process, gathered."""
-    tokens, advantages = (values.chunk(RANKS)[rank] for values in make_data())
+    tokens, advantages = (values.chunk(RANKS)[rank] for values in make_data(POSITIONS, VOCABULARY))
     policy = shard(make_policy(case.tied), case.reshard, case.way)
     optimizer = torch.optim.SGD(policy.parameters(), lr=STEP_SIZE, momentum=MOMENTUM)
     group = dist.group.WORLD if case.shared else None
@@ -169,7 +158,7 @@ def whole(policy: nn.Module) -> list[Tensor]:
 
 def accumulated(rank: int) -> list[Tensor]:
     """Gradients of two microbatches of a process, of which the first keeps its gradients to itself."""
-    tokens, advantages = (values.chunk(RANKS)[rank] for values in make_data())
+    tokens, advantages = (values.chunk(RANKS)[rank] for values in make_data(POSITIONS, VOCABULARY))
     policy = shard(make_policy())
     isopo = Isopo(policy, NTK(DAMPING))
     for last, part in enumerate((slice(0, 1), slice(1, 3))):
@@ -218,7 +207,7 @@ def test_a_shared_gram_matrix_is_another_step_than_one_for_each() -> None:
 
 
 def test_sketches_smaller_than_the_weights_are_those_of_one_process(results: list[dict[str, list[Tensor]]]) -> None:
-    policy, (tokens, advantages) = make_policy(), make_data()
+    policy, (tokens, advantages) = make_policy(), make_data(POSITIONS, VOCABULARY)
     optimizer = torch.optim.SGD(policy.parameters(), lr=STEP_SIZE, momentum=MOMENTUM)
     isopo = Isopo(policy, NTK(DAMPING, scale="natural"), gram="sketched", sketch_size=2)
     for step in range(STEPS):
@@ -233,7 +222,7 @@ def test_sketches_smaller_than_the_weights_are_those_of_one_process(results: lis
 
 
 def test_microbatches_add_up_before_they_are_shared_out(results: list[dict[str, list[Tensor]]]) -> None:
-    policy, (tokens, advantages) = make_policy(), make_data()
+    policy, (tokens, advantages) = make_policy(), make_data(POSITIONS, VOCABULARY)
     expected = [torch.zeros_like(parameter) for parameter in policy.parameters()]
     for first in (0, 1, 3, 4):  # each process has one sequence, and then two
         part = slice(first, first + 1 + first % 3)

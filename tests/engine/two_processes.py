@@ -1,4 +1,4 @@
-"""Two processes that talk over gloo, for tests of what several ranks do together."""
+"""Two processes that talk over gloo, for tests of what several ranks do together, and what they share out."""
 
 import os
 import socket
@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor, nn
 
-RANKS = 2
+RANKS, SEQUENCES = 2, 6
 
 
 def join(rank: int, port: int, seconds: float = 60.0) -> None:
@@ -26,3 +27,16 @@ def spawn(worker: Callable[..., None], *arguments: Any) -> None:
         found.bind(("127.0.0.1", 0))
         port = int(found.getsockname()[1])
     mp.spawn(worker, args=(port, *arguments), nprocs=RANKS)
+
+
+def make_data(positions: int, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Tokens of all sequences, and their advantages: the same in every process."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(vocabulary, (SEQUENCES, positions), generator=generator)
+    return tokens, torch.randn(SEQUENCES, generator=generator).double()
+
+
+def log_prob(policy: nn.Module, tokens: Tensor) -> Tensor:
+    """log π of each sequence, of all tokens but its first."""
+    log_probs = policy(tokens[:, :-1]).log_softmax(-1)
+    return log_probs.gather(-1, tokens[:, 1:, None])[..., 0].sum(dim=1)

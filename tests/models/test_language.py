@@ -12,7 +12,6 @@ pytest.importorskip("reasoning_gym")
 
 import reasoning_gym
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -29,7 +28,7 @@ from isopo_mini.experiments.runs import Run, run
 from isopo_mini.policies import pretrained
 from isopo_mini.policies.categorical import CategoricalPolicy
 from isopo_mini.policies.pretrained import PretrainedPolicy, load_smollm2
-from isopo_mini.policies.sampling import Sampled, continue_prompts
+from isopo_mini.policies.sampling import Sampled
 from isopo_mini.rules.old_policy import ClippedSurrogate
 from isopo_mini.rules.one_step import NtkIsopo, Reinforce
 from isopo_mini.rules.rule_parts import standardised_advantages
@@ -78,21 +77,6 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(1)
 
 
-class Forgetful:
-    """Reads everything again, without a cache."""
-
-    remembers = False
-
-    def __init__(self, policy: PretrainedPolicy) -> None:
-        self.policy = policy
-
-    def read(self, tokens: Tensor, start: int) -> Tensor:
-        return self.policy.logits(tokens)[:, -1]
-
-    def repeat(self, copies: int) -> None:
-        raise AssertionError("asked of who remembers")
-
-
 class TestPolicy:
     def test_what_was_sampled_with_the_cache_is_what_the_policy_says_of_it(
         self, policy: PretrainedPolicy, task: ReasoningTask
@@ -111,15 +95,10 @@ class TestPolicy:
 
     def test_with_and_without_cache_the_same_tokens(self, policy: PretrainedPolicy) -> None:
         prompts, lengths = torch.tensor([[3, 4, 5, 6], [7, 8, 0, 0]]), torch.tensor([4, 2])
-        options: dict[str, Any] = {
-            "responses_per_prompt": 3,
-            "end_token": 0,
-            "pad_token": 0,
-            "temperature": 1.0,
-        }
-        cached = policy.sample(prompts, 5, lengths, generator=generator(), **options)
-        read_again = continue_prompts(
-            Forgetful(policy), prompts, lengths, 5, dtype=torch.float32, generator=generator(), **options
+        options = {"responses_per_prompt": 3, "end_token": 0}
+        cached, read_again = (
+            policy.sample(prompts, 5, lengths, generator=generator(), use_cache=use_cache, **options)
+            for use_cache in (True, False)
         )
         for name in ("observations", "actions", "mask"):
             assert (getattr(cached, name) == getattr(read_again, name)).all(), name
@@ -138,6 +117,7 @@ class TestPolicy:
             ({"end_token": 1000}, "end_token: expected a token from 0 to"),
             ({"pad_token": -1}, "pad_token: expected a token from 0 to"),
             ({"temperature": -1.0}, "temperature: expected"),
+            ({"max_new_tokens": 3000}, r"max_new_tokens: expected .* <= context_length=2048, got 3 \+ 3000 - 1"),
         ],
     )
     def test_bad_options(self, policy: PretrainedPolicy, options: dict[str, Any], message: str) -> None:
