@@ -21,7 +21,7 @@ class Batch:
 
     Args:
         observations: what the policy saw, `(S, T, ...)`: state indices, features, or the tokens read so far.
-        actions: the sampled actions, int64 `(S, T)`.
+        actions: the sampled actions, int64 `(S, T)`; or, where they are vectors of real numbers, floating `(S, T, d)`.
         mask: True where the action is real and counts, bool `(S, T)`. Prompts and padding are False.
         rewards: one a sequence `(S,)`, or one a time step `(S, T)`.
         log_probs: log π(action | observation) when it was sampled, `(S, T)`. This is the π_old of PPO.
@@ -46,16 +46,18 @@ class Batch:
     """
 
     observations: Tensor
-    actions: Int[Tensor, "S T"]
+    actions: Int[Tensor, "S T"] | Float[Tensor, "S T d"]
     mask: Bool[Tensor, "S T"]
     rewards: Float[Tensor, "S"] | Float[Tensor, "S T"]
     log_probs: Float[Tensor, "S T"]
     groups: Int[Tensor, "S"] | None = None
 
     def __post_init__(self) -> None:
-        sizes = checks.require_shape("actions", self.actions, "S T")
+        continuous = isinstance(self.actions, Tensor) and self.actions.is_floating_point() and self.actions.ndim == 3
+        sizes = checks.require_shape("actions", self.actions, "S T d" if continuous else "S T")
         checks.require_not_empty("actions", self.actions)
-        checks.require_integer("actions", self.actions)
+        if not continuous:
+            checks.require_integer("actions", self.actions)
         checks.require_shape("mask", self.mask, "S T", sizes)
         if self.mask.dtype != torch.bool:
             raise TypeError(f"mask: expected a bool tensor, got {self.mask.dtype}")
@@ -67,7 +69,7 @@ class Batch:
         checks.require_floating("rewards", self.rewards)
         if not isinstance(self.observations, Tensor):
             raise TypeError(f"observations: expected a tensor, got {type(self.observations).__name__}")
-        if tuple(self.observations.shape[:2]) != tuple(self.actions.shape):
+        if tuple(self.observations.shape[:2]) != tuple(self.actions.shape[:2]):
             raise ValueError(
                 f"observations: expected shape (S={sizes['S']} T={sizes['T']} ...), "
                 f"got {tuple(self.observations.shape)}"
@@ -87,6 +89,8 @@ class Batch:
         real = self.rewards if self.rewards.ndim == 1 else self.rewards.masked_fill(~self.mask, 0.0)
         checks.require_finite("rewards", real)
         checks.require_finite("log_probs", self.log_probs.masked_fill(~self.mask, 0.0))
+        if continuous:
+            checks.require_finite("actions", self.actions.masked_fill(~self.mask.unsqueeze(-1), 0.0))
         if self.observations.is_floating_point():
             checks.require_finite("observations", self.observations)
 
@@ -131,7 +135,7 @@ class Batch:
         return Batch(
             observations=self.observations[keep].unsqueeze(1),
             actions=self.actions[keep].unsqueeze(1),
-            mask=torch.ones_like(self.actions[keep], dtype=torch.bool).unsqueeze(1),
+            mask=torch.ones_like(self.mask[keep]).unsqueeze(1),
             rewards=self.rewards[keep],
             log_probs=self.log_probs[keep].unsqueeze(1),
             groups=groups,

@@ -15,7 +15,7 @@ import isopo_mini
 from isopo_mini.batch import Batch
 from isopo_mini.objectives.advantages import leave_one_out
 from isopo_mini.objectives.values import episode_advantages
-from isopo_mini.policies import MLP, CausalTransformer
+from isopo_mini.policies import MLP, CausalTransformer, GaussianPolicy
 from isopo_mini.policies.checkpoints import load_policy, read_origin
 from isopo_mini.policies.pretrained import PretrainedPolicy, load_smollm2
 from isopo_mini.rules.rule_parts import (
@@ -24,7 +24,7 @@ from isopo_mini.rules.rule_parts import (
     centred_advantages,
     standardised_advantages,
 )
-from isopo_mini.tasks import CartPole, ContextualBandit, TokenTask, make_task
+from isopo_mini.tasks import CartPole, ContextualBandit, Pendulum, TokenTask, make_task
 from isopo_mini.tasks.bandit_instances import FEATURES, MEAN_REWARDS
 from isopo_mini.tasks.reasoning import ReasoningTask
 from isopo_mini.training.loop import Task
@@ -96,6 +96,11 @@ def bandit(device: torch.device) -> tuple[ContextualBandit, MLP]:
 def cartpole(device: torch.device) -> tuple[CartPole, MLP]:
     """CartPole-v1 with a network of 64 hidden units; `evaluate` plays 128 episodes."""
     return CartPole(evaluation_episodes=128), MLP(4, 2, hidden=(64,)).to(device)
+
+
+def pendulum(device: torch.device) -> tuple[Pendulum, GaussianPolicy]:
+    """Pendulum-v1 with a Gaussian policy of 64 hidden units; rewards a tenth, `evaluate` plays 64 plain episodes."""
+    return Pendulum(reward_scale=0.1), GaussianPolicy(3, 1, hidden=(64,)).to(device)
 
 
 def tokens(device: torch.device, *, task: str, weights: str) -> tuple[TokenTask, CausalTransformer]:
@@ -173,6 +178,18 @@ SETUPS: dict[str, Setup] = {
         unit="step",
         more_advantages={"gae": episode_advantages(discount=0.99, trace_decay=0.95)},
         evaluations=30,
+    ),
+    "pendulum": Setup(
+        "Pendulum-v1: 8 episodes a batch, a Gaussian policy; unit and advantages by time step",
+        pendulum,
+        sequences=8,
+        steps=60,
+        target=-300.0,
+        by_step="gae",
+        unit="step",
+        more_advantages={"gae": episode_advantages(discount=0.95, trace_decay=0.9)},
+        evaluations=20,
+        lowest=-2000.0,
     ),
     "addition": token_setup("two-digit addition from 20 % accuracy: transformer of width 64", "addition", steps=120),
     "sorting": token_setup(

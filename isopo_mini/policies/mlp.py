@@ -10,6 +10,24 @@ from isopo_mini import checks
 from isopo_mini.policies.categorical import CategoricalPolicy
 
 
+def perceptron(
+    num_features: int, num_actions: int, hidden: Sequence[int], activation: Callable[[], nn.Module]
+) -> nn.Sequential:
+    """Linear layers of these widths with an activation between them.
+
+    Raises:
+        ValueError: a width is below 1.
+    """
+    widths = [num_features, *hidden, num_actions]
+    names = ["num_features", *(f"hidden[{i}]" for i in range(len(hidden))), "num_actions"]
+    for name, width in zip(names, widths, strict=True):
+        checks.require_at_least(name, width, 1)
+    layers: list[nn.Module] = []
+    for i, (inputs, outputs) in enumerate(pairwise(widths)):
+        layers += [activation()] * (i > 0) + [nn.Linear(inputs, outputs)]
+    return nn.Sequential(*layers)
+
+
 class MLP(CategoricalPolicy):
     """Linear layers with an activation between them; the last one gives the logits.
 
@@ -32,16 +50,9 @@ class MLP(CategoricalPolicy):
         hidden: Sequence[int] = (64,),
         activation: Callable[[], nn.Module] = nn.Tanh,
     ) -> None:
-        widths = [num_features, *hidden, num_actions]
-        names = ["num_features", *(f"hidden[{i}]" for i in range(len(hidden))), "num_actions"]
-        for name, width in zip(names, widths, strict=True):
-            checks.require_at_least(name, width, 1)
         super().__init__()
-        layers: list[nn.Module] = []
-        for i, (inputs, outputs) in enumerate(pairwise(widths)):
-            layers += [activation()] * (i > 0) + [nn.Linear(inputs, outputs)]
         self.num_features = num_features
-        self.layers = nn.Sequential(*layers)
+        self.layers = perceptron(num_features, num_actions, hidden, activation)
 
     def logits(self, observations: Float[Tensor, "... d"]) -> Float[Tensor, "... A"]:
         """The network's output for every feature vector, `(..., d)` → `(..., A)`.

@@ -196,4 +196,6 @@ def finish(policy: torch.nn.Module, optimizer: torch.optim.Optimizer, backward_p
 
 def _groups(batch: Batch) -> Tensor:
     """The group of every sequence; all in one where there are none."""
-    return torch.zeros_like(batch.actions[:, 0]) if batch.groups is None else batch.groups
+    return (
+        torch.zeros(len(batch), dtype=torch.int64, device=batch.mask.device) if batch.groups is None else batch.groups
+    )

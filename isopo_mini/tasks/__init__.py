@@ -3,7 +3,7 @@
 `isopo_mini.tasks.warm_start`, which is also a command, is imported by name.
 """
 
-from isopo_mini.tasks import bandit, cartpole, lqr, mdp, occupancy, token_task, tokens
+from isopo_mini.tasks import bandit, cartpole, lqr, mdp, occupancy, pendulum, token_task, tokens
 from isopo_mini.tasks.bandit import Bandit, ContextualBandit
 from isopo_mini.tasks.cartpole import CartPole, Episodes
 from isopo_mini.tasks.lqr import LinearQuadratic
@@ -11,6 +11,7 @@ from isopo_mini.tasks.lqr_minimum import local_minimum
 from isopo_mini.tasks.mdp import MDP, npg_step
 from isopo_mini.tasks.mdp_instances import random_mdp
 from isopo_mini.tasks.occupancy import solve_linear_program
+from isopo_mini.tasks.pendulum import Pendulum
 from isopo_mini.tasks.reasoning import ReasoningTask
 from isopo_mini.tasks.token_task import TokenTask
 from isopo_mini.tasks.tokens import Addition, Brackets, ModularArithmetic, Sorting, make_task
@@ -25,6 +26,7 @@ __all__ = [
     "Episodes",
     "LinearQuadratic",
     "ModularArithmetic",
+    "Pendulum",
     "ReasoningTask",
     "Sorting",
     "TokenTask",
@@ -36,6 +38,7 @@ __all__ = [
     "mdp",
     "npg_step",
     "occupancy",
+    "pendulum",
     "random_mdp",
     "solve_linear_program",
     "token_task",

@@ -40,7 +40,7 @@ class Episodes(Batch):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sizes = dict(zip("ST", self.actions.shape, strict=True))
+        sizes = dict(zip("ST", self.mask.shape, strict=True))
         checks.require_shape("rewards", self.rewards, "S T", sizes)
         checks.require_shape("truncated", self.truncated, "S", sizes)
         if self.truncated.dtype != torch.bool:

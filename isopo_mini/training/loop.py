@@ -8,10 +8,12 @@ from typing import Any, Protocol, runtime_checkable
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from isopo_mini import checks
 from isopo_mini.batch import Batch
+from isopo_mini.policies.gaussian import GaussianPolicy
 from isopo_mini.rules.protocol import UpdateRule as UpdateRule
 from isopo_mini.rules.repeatable import repeatable
 from isopo_mini.training import diagnostics
@@ -46,8 +48,8 @@ def train(
     """Train the policy in place: `steps` times sample a batch, let the rule use it once, and measure.
 
     Args:
-        policy: has `logits(observations)`; its parameters are changed. Two evaluations must agree, here and in every
-            rule, so dropout must be off; call `policy.eval()` first.
+        policy: has `logits(observations)`, or is a `GaussianPolicy`; its parameters are changed. Two evaluations must
+            agree, here and in every rule, so dropout must be off; call `policy.eval()` first.
         task: see `Task`.
         rule: see `UpdateRule`.
         optimizer: of the policy's parameters.
@@ -96,7 +98,7 @@ def train(
         seconds += _now(device) - started
         if not isinstance(batch, Batch):
             raise TypeError(f"task.sample: expected it to return a Batch, got {type(batch).__name__}")
-        logits_before = _logits(policy, batch) if measure else None
+        before = _distribution(policy, batch) if measure else None
         started = _now(device)
         metrics = _numbers("rule.step", rule.step(policy, batch, optimizer))
         seconds += _now(device) - started
@@ -111,7 +113,7 @@ def train(
             "backward_passes": backward_passes,
             "seconds": seconds,
             "reward": batch.total_rewards().mean().item(),
-            **_moved(policy, batch, logits_before),
+            **_moved(policy, batch, before),
         }
         _add(row, "rule.step", metrics)
         if step % evaluate_every == 0 or step == steps:
@@ -121,18 +123,25 @@ def train(
 
 
 @torch.no_grad()
-def _logits(policy: Any, batch: Batch) -> Tensor:
-    """The policy's logits (S, T, A) at the batch's observations, without gradient."""
+def _distribution(policy: Any, batch: Batch) -> Tensor | Distribution:
+    """What the policy does at the batch's observations, without gradient: its logits (S, T, A), or its Gaussians."""
+    if isinstance(policy, GaussianPolicy):
+        repeatable(policy, lambda: policy(batch.observations))
+        return policy.distribution(batch.observations)
     return repeatable(policy, lambda: policy.logits(batch.observations))
 
 
-def _moved(policy: Any, batch: Batch, logits_before: Tensor | None) -> dict[str, float]:
+def _moved(policy: Any, batch: Batch, before: Tensor | Distribution | None) -> dict[str, float]:
     """Entropy before a step and KL(before ‖ after), over the batch's real positions; NaN if nothing was measured."""
-    if logits_before is None:
+    if before is None:
         return {"entropy": math.nan, "kl": math.nan}
+    after = _distribution(policy, batch)
+    if isinstance(before, Distribution):
+        kl = torch.distributions.kl_divergence(before, after)  # type: ignore[arg-type]
+        return {"entropy": before.entropy()[batch.mask].mean().item(), "kl": kl[batch.mask].mean().item()}
     return {
-        "entropy": diagnostics.entropy(logits_before, batch.mask).item(),
-        "kl": diagnostics.kl_divergence(logits_before, _logits(policy, batch), batch.mask).item(),
+        "entropy": diagnostics.entropy(before, batch.mask).item(),
+        "kl": diagnostics.kl_divergence(before, after, batch.mask).item(),  # type: ignore[arg-type]
     }
 
 
