@@ -174,6 +174,8 @@ LANGUAGE = {
     "fisher": Family("layer", ("momentum",)),
     WINNER: Family("natural", ("sgd",)),
 }
+# Does the weight of a token, A in place of rA, keep a Gaussian policy from narrowing? See chapter 17.
+PENDULUM = {loss: Family("old policy", ("adamw",)) for loss in ("ppo", "copg")}
 # Is one length of a step, in nats, best for all rules and tasks?
 NATS = {
     f"{rule}step=kl": Family("nats", ("sgd",))
@@ -244,6 +246,7 @@ GRIDS = {
     "kl_cartpole": Grid("cartpole", SMALL_NATS, CARTPOLE_OPTIONS, SMALL_NETWORK),
     "sorting_60": Grid("sorting", OTHER_TASKS, OPTIONS, TRANSFORMER),
     "modular_60": Grid("modular", OTHER_TASKS, OPTIONS, TRANSFORMER),
+    "pendulum": Grid("pendulum", PENDULUM, "--seeds 0 1 2", SMALL_NETWORK, report_seeds=range(100, 116)),
     "language": Grid("language", LANGUAGE, "--seeds 0", PRETRAINED, report_seeds=range(100, 103)),
 }
 
