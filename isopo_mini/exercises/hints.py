@@ -74,11 +74,10 @@ def _slip(answers: Sequence[Any], expected: Sequence[Any], rtol: float, atol: fl
         return "The numbers are right but for their sign."
     if all(tensor.ndim >= 2 for tensor in right) and same(lambda tensor: tensor.mT):
         return "This is the transpose of what is right."
-    if all(one.shape != other.shape and one.numel() == other.numel() for one, other in zip(got, right, strict=True)):
+    if all(one.numel() == other.numel() for one, other in zip(got, right, strict=True)):
         got = [one.reshape(other.shape) for one, other in zip(got, right, strict=True)]
-        return "The numbers are right, their shape is not." if same(lambda tensor: tensor) else ""
-    if any(one.shape != other.shape for one, other in zip(got, right, strict=True)):
-        return ""
+        if same(lambda tensor: tensor):
+            return "The numbers are right, their shape is not."
     return _factor(got, right, rtol, atol)
 
 
@@ -86,8 +85,10 @@ def _factor(got: list[Tensor], right: list[Tensor], rtol: float, atol: float) ->
     """Whether every number is off by one factor, or those of a case by one; numbers of one entry show no factor."""
     factors = []
     for answer, tensor in zip(got, right, strict=True):
+        if answer.shape != tensor.shape or tensor.numel() < 2:
+            return ""
         factor = (answer * tensor).sum() / tensor.square().sum()
-        if tensor.numel() < 2 or not factor.isfinite() or difference(answer, factor * tensor, rtol, atol):
+        if not factor.isfinite() or difference(answer, factor * tensor, rtol, atol):
             return ""
         factors.append(factor.item())
     if max(factors) - min(factors) <= rtol * abs(factors[0]):

@@ -261,7 +261,7 @@ MODULUS = Exercise(
             lambda sigma: abs(complex(1 - sigma / 2, math.sqrt(abs(sigma - sigma**2 / 4))))
         ),
         "For σ > 1 this is the smaller of the two real roots.": (
-            lambda sigma: math.sqrt(1 - sigma) if sigma < 1 else abs(_real_root(sigma, -1))
+            lambda sigma: math.sqrt(1 - sigma) if sigma < 1 else _real_root(sigma, -1)
         ),
         "For σ < 1 this is the real part of the roots, or the square of their modulus.": (
             lambda sigma: 1 - sigma if sigma < 1 else _real_root(sigma, 1)
