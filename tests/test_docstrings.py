@@ -58,6 +58,7 @@ INTERNAL = {
     "isopo_mini.engine.workspace",
     "isopo_mini.experiments.__main__",
     "isopo_mini.exercises.beyond",
+    "isopo_mini.exercises.bug_hunts",
     "isopo_mini.exercises.checker",
     "isopo_mini.exercises.comparing",
     "isopo_mini.exercises.exercise",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Number, Real
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,8 @@ def shown(value: Any) -> str:
     """A value as a reader wants to see it: a case as its arguments, tensors with their shape, never too long."""
     if isinstance(value, tuple):
         return ", ".join(shown(item) for item in value)
+    if isinstance(value, FunctionType):  # without its address, which differs each time
+        return f"the function {value.__name__}"
     text = " ".join(repr(value).split())
     text = text if len(text) <= 300 else f"{text[:300]} …"
     return f"{text} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else text
