@@ -22,7 +22,7 @@ MODULES = sorted(
 )
 
 # On the page as a whole, with the names that they export.
-PACKAGES = {"isopo_mini.engine", "isopo_mini.integrations", "isopo_mini.rules"}
+PACKAGES = {"isopo_mini.engine", "isopo_mini.exercises", "isopo_mini.integrations", "isopo_mini.rules"}
 
 # On the page in words, since they cannot be imported without what they integrate, and what that is.
 OPTIONAL = {"isopo_mini.integrations.trl": "trl"}
@@ -57,6 +57,16 @@ INTERNAL = {
     "isopo_mini.engine.verification",
     "isopo_mini.engine.workspace",
     "isopo_mini.experiments.__main__",
+    "isopo_mini.exercises.beyond",
+    "isopo_mini.exercises.bug_hunts",
+    "isopo_mini.exercises.checker",
+    "isopo_mini.exercises.comparing",
+    "isopo_mini.exercises.exercise",
+    "isopo_mini.exercises.experiments",
+    "isopo_mini.exercises.foundations",
+    "isopo_mini.exercises.hints",
+    "isopo_mini.exercises.isopo",
+    "isopo_mini.exercises.neighbours",
     "isopo_mini.experiments.families",
     "isopo_mini.experiments.leases",
     "isopo_mini.experiments.record_files",

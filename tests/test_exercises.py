@@ -1,6 +1,8 @@
 """The checker of exercises: it passes what is right, names what is wrong, and never stops a page from building."""
 
+import inspect
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -135,3 +137,88 @@ def test_a_function_that_ends_the_program_does_not(capsys: pytest.CaptureFixture
 
     assert check(gives_up, lambda x: x, [(1.0,)]) is None
     assert "gives_up: case 1 of 1 raised SystemExit: 1" in capsys.readouterr().out
+
+
+def hint_of(
+    function: object, reference: object, cases: list, capsys: pytest.CaptureFixture[str], **options: Any
+) -> str:
+    """The hint that is printed, or nothing."""
+    assert check(function, reference, cases, **options) is None
+    lines = capsys.readouterr().out.splitlines()
+    return next((line.removeprefix("  hint:     ") for line in lines if line.startswith("  hint:")), "")
+
+
+SQUARES = [(torch.tensor([[1.0, 2.0], [3.0, 4.0]]),), (torch.tensor([[0.0, 1.0], [5.0, 2.0]]),)]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (lambda x: -x, "The numbers are right but for their sign."),
+        (lambda x: x.T, "This is the transpose of what is right."),
+        (lambda x: 0 * x, "Every number is zero."),
+        (lambda x: x / 2, "Every number is 0.5 times what it should be."),
+        (
+            lambda x: x * x[0, 1],
+            "The numbers are right but for a factor of their case, 2, 1: a sum in the place of a mean?",
+        ),
+        (lambda x: x.flatten(), "The numbers are right, their shape is not."),
+        (lambda x: 0 * x / 0, "Some numbers are nan: 0/0, or the logarithm or root of a negative number."),
+        (lambda x: x.flip(0), ""),
+        (lambda x: "x", ""),
+        (lambda x: [x], "The numbers are right, their shape is not."),
+        (lambda x: x + 1j, ""),
+    ],
+)
+def test_a_slip_of_any_exercise_is_named(wrong: object, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert hint_of(wrong, lambda x: x, SQUARES, capsys) == hint
+
+
+def test_a_single_number_shows_no_factor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert hint_of(lambda x: 3 * x, lambda x: x, [(1.0,), (2.0,)], capsys) == ""
+
+
+MISTAKES = {"Squared.": lambda x, factor: x**2, "Doubled.": lambda x, factor: 2 * x, "Looked up.": lambda x, f: x[9]}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (lambda x, factor: x * x, "Squared."),
+        (lambda x, factor: x + x, "Doubled."),
+        (lambda x, factor: [][0], "Looked up."),  # the same kind of error in every case
+        (lambda x, factor: x * x if factor == 3 else x, ""),  # in one case only
+        (lambda x, factor: 1 / 0, ""),
+    ],
+)
+def test_the_mistake_that_explains_every_case_is_named(
+    wrong: object, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hint_of(wrong, scaled, CASES, capsys, mistakes=MISTAKES) == hint
+
+
+def test_a_known_mistake_is_named_before_a_general_slip(capsys: pytest.CaptureFixture[str]) -> None:
+    mistakes = {"It climbs.": lambda x, factor: -factor * x}
+    assert hint_of(lambda x, factor: -x * factor, scaled, CASES, capsys, mistakes=mistakes) == "It climbs."
+
+
+def test_mistakes_spoil_no_case(capsys: pytest.CaptureFixture[str]) -> None:
+    def in_place(x: Tensor, factor: float) -> Tensor:
+        return x.zero_()
+
+    assert hint_of(lambda x, factor: x + 1, scaled, CASES, capsys, mistakes={"Nothing.": in_place}) == ""
+    assert torch.equal(CASES[0][0], torch.tensor([1.0, 2.0]))
+
+
+def test_an_exercise_of_the_book_is_found_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(lambda theta, v: None, "fisher_product") is None
+    assert "not filled in yet" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="such as 'fisher_product', got 'fischer_product'"):
+        check(scaled, "fischer_product")
+    with pytest.raises(ValueError, match="expected none, since exercise 'fisher_product' brings its own"):
+        check(scaled, "fisher_product", CASES)
+
+
+def test_the_call_that_coursework_uses_stays() -> None:
+    assert list(inspect.signature(check).parameters)[:3] == ["function", "reference", "cases"]
+    assert check(scaled, scaled, CASES, rtol=1e-4, atol=1e-6) is True

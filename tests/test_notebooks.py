@@ -1,6 +1,7 @@
 """The notebooks keep the book's rules, and the checker that says so would notice if they did not."""
 
 import json
+import re
 from copy import deepcopy
 from pathlib import Path
 
@@ -114,6 +115,17 @@ def test_solutions_are_folded_wherever_the_notebook_is_opened(path: Path) -> Non
             assert metadata["jupyter"] == {"source_hidden": True, "outputs_hidden": True}  # JupyterLab
             assert metadata["cellView"] == "form"  # Colab, with its title:
             assert source.startswith("# @title Solution\n")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
+def test_solutions_in_words_are_folded_too(path: Path) -> None:
+    """As HTML that the page, JupyterLab and Colab fold alike: closed, and with the empty line that Markdown needs."""
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown" and ("<details" in source or "<summary" in source):
+            blocks = re.findall(r"(?ms)^<details>\n<summary>[^<]+</summary>\n\n.*?\n\n</details>$", source)
+            counts = {source.count(part) for part in ("<details", "<summary", "</summary>", "</details>")}
+            assert counts == {len(blocks)}
 
 
 def test_a_solution_in_plain_view_is_noticed_and_mended() -> None:
