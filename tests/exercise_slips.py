@@ -116,6 +116,10 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
         ("len(sizes) * ", "", "DDP takes the mean over the ranks"),
         ('->oi", own', '->oi", advantages[first : first + sizes[rank]]', "The advantages weigh"),
     ],
+    "projected_off": [
+        ("v - basis.T", "basis.T", "This is the part in the span"),
+        ("basis = directions[values > 1e-10 * values[0]]", "basis = G / G.norm(dim=1)[:, None]", "The rows are taken"),
+    ],
     "dual_is_right": [
         ("0.1", "1e-9", "One broken program passes"),
         ("torch.allclose(solve(S, A, damping), expected)", "bool(solve(S, A, damping).isfinite().all())", "Nothing is"),

@@ -1,4 +1,4 @@
-"""The exercises of the chapters on real models and many machines."""
+"""The exercises of the chapters on real models, many machines and what came next."""
 
 from collections.abc import Callable
 
@@ -114,4 +114,42 @@ RANK_STEP = Exercise(
     },
 )
 
-EXERCISES = {"packed_gradients": PACKED_GRADIENTS, "rank_step": RANK_STEP}
+# -- Chapter 22: what the next microbatch cannot notice ----------------------------------------------------------------
+
+
+def _by_least_squares(v: Tensor, G: Tensor) -> Tensor:
+    """The residual of v after the rows of G have explained what they can."""
+    return v - G.T @ torch.linalg.lstsq(G.T, v[:, None], driver="gelsd").solution[:, 0]
+
+
+def _scores() -> list[tuple[Tensor, Tensor]]:
+    draw = normal(0)
+    vector, rows = draw(6), draw(3, 6)
+    return [(vector, rows), (vector, torch.cat([rows, rows[:1]])), (rows[0] + vector, rows[:1])]
+
+
+PROJECTED_OFF = Exercise(
+    _by_least_squares,
+    _scores,
+    {
+        "This is the part in the span. What is asked for is the rest.": (lambda v, G: v - _by_least_squares(v, G)),
+        "The rows are taken to be orthogonal. Their Gram matrix has to be inverted.": (
+            lambda v, G: v - G.T @ ((G @ v) / G.square().sum(dim=1))
+        ),
+        "The rows are projected off one after the other, once: what the first leaves, the second brings back.": (
+            lambda v, G: _one_after_the_other(v, G)
+        ),
+        "A damping is left in: the part in the span is shortened, not removed.": (
+            lambda v, G: v - G.T @ torch.linalg.solve(G @ G.T + torch.eye(len(G)).to(G), G @ v)
+        ),
+    },
+)
+
+
+def _one_after_the_other(v: Tensor, G: Tensor) -> Tensor:
+    for row in G:
+        v = v - row * (row @ v) / (row @ row)
+    return v
+
+
+EXERCISES = {"packed_gradients": PACKED_GRADIENTS, "rank_step": RANK_STEP, "projected_off": PROJECTED_OFF}
