@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -11,6 +11,7 @@ class SubmissionError(Exception):
     """What went wrong in the submission, in words."""
 
 
+@runtime_checkable
 class Process(Protocol):
     """Where such objects are."""
 
