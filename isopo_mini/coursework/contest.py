@@ -163,7 +163,7 @@ def add_to_leaderboard(folder: Path, name: str, played: list[dict[str, Any]]) ->
     pack(folder)
 
 
-def leaderboard(folder: Path) -> pd.DataFrame:
+def leaderboard(folder: str | Path) -> pd.DataFrame:
     """The places: one row a learner, by the mean of what it reached, with the worst and best seed."""
     table = records.load_records(folder).groupby("rule")["final"].agg(["mean", "min", "max", "count"])
     return table.sort_values("mean", ascending=False).rename_axis("name").reset_index()

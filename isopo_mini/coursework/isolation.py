@@ -128,7 +128,9 @@ class Guarded:
         # Around the worker stand `unshare` and the process itself.
         if len(family) > self.limits.processes + 2:
             return f"it started more than {self.limits.processes} processes"
-        if sum(map(_own_memory, family)) > self.limits.memory:
+        # What is read from files, or shared after a fork, is not counted twice; to find that out takes longer.
+        used = sum(map(_own_memory, family))
+        if used > self.limits.memory and sum(map(_share_of_memory, family)) > self.limits.memory:
             return f"its processes used more than {self.limits.memory / GIBIBYTE:.3g} GiB of memory"
         if _size(self.folder) > self.limits.disk:
             return f"it wrote more than {self.limits.disk / MEBIBYTE:.3g} MiB of files"
@@ -164,12 +166,21 @@ def _family(pid: int) -> list[psutil.Process]:
 
 
 def _own_memory(process: psutil.Process) -> int:
-    """Bytes of memory that are not those of files or shared with others."""
+    """Bytes of memory that are not those of files; what a fork shares with its parent is counted in both."""
     try:
         used = process.memory_info()
     except psutil.Error:
         return 0
     return used.rss - getattr(used, "shared", 0)
+
+
+def _share_of_memory(process: psutil.Process) -> int:
+    """Bytes of memory, those shared with n − 1 others divided by n."""
+    try:
+        used = process.memory_full_info()
+    except psutil.Error:
+        return 0
+    return getattr(used, "pss", used.uss)
 
 
 def _size(folder: Path) -> int:

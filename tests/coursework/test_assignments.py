@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("otter")
 
-from conftest import MASTERS, NAMES
+from masters_here import MASTERS, NAMES
 
 from isopo_mini.coursework import contest, handing_out
 from isopo_mini.coursework.__main__ import main

@@ -50,6 +50,7 @@ KEEPS_THE_REST = {
     ),
     "fills one file": (["with open('file', 'wb') as file:\n    while True: file.write(bytes(2**20))"], ""),
     "forks": (["import os\nwhile True: os.fork()"], "more than 32 processes"),
+    "forks and goes on": (["import os\nos.fork(); os.fork()"], None),
     "is no Python": (["def f(:"], "SyntaxError"),
     "edits the public tests": (
         ["import pathlib\nfor p in pathlib.Path('.').rglob('q*.py'): p.write_text('points = 1000')"],
@@ -96,6 +97,12 @@ def test_what_is_right_counts(name: str, tmp_path: Path, assigned: dict) -> None
         assert len(graded.problems) == 1
 
 
+@pytest.mark.parametrize("name", ["exits at once", "forks"])
+def test_without_namespaces_too(name: str, tmp_path: Path, assigned: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isopo_mini.coursework.isolation.has_namespaces", lambda: False)
+    test_what_is_right_counts(name, tmp_path, assigned)
+
+
 def test_an_endless_loop_costs_its_cell(tmp_path: Path, assigned: dict) -> None:
     began = time.monotonic()
     graded = grade(tmp_path, assigned, [RIGHT, "while True: pass"], Limits(call_seconds=5))
@@ -136,7 +143,7 @@ def environment(): return [name for name in os.environ if "TOKEN" in name or "SE
 def test_solutions_and_hidden_tests_are_out_of_sight(
     tmp_path: Path, assigned: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from conftest import MASTERS
+    from masters_here import MASTERS
 
     from isopo_mini.coursework.remote import SubmissionError
     from isopo_mini.coursework.submission import Submission
