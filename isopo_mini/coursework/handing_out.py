@@ -8,6 +8,7 @@ import json
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,9 @@ def masters(folder: Path) -> list[Path]:
     return found
 
 
+@lru_cache
 def assign(master: Path) -> Assigned:
-    """Run `otter assign` on a master, in a folder that is gone afterwards: no test stays on disk."""
+    """Run `otter assign` on a master, in a folder that is gone afterwards: no test stays on disk. Once a process."""
     from otter.assign import main
 
     with tempfile.TemporaryDirectory(prefix="assign-") as place:

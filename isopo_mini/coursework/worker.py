@@ -11,7 +11,9 @@ import importlib.machinery
 import os
 import pickle
 import re
+import select
 import sys
+import threading
 import types
 from typing import Any
 
@@ -109,12 +111,21 @@ def without_otter() -> types.ModuleType:
     return stub
 
 
+def leave_with_the_grader(questions: int) -> None:
+    """Wait until nobody holds the other end of the pipe, then end, whatever the submission is doing."""
+    waiting = select.poll()
+    waiting.register(questions, 0)  # its end alone
+    waiting.poll()
+    os._exit(0)
+
+
 def main(questions: int, answers: int, memory: int, seconds: int, disk: int) -> None:
     """Answer questions until there are no more."""
     torch.set_num_threads(1)
     sys.modules["otter"] = without_otter()
     builtins.input = lambda prompt="": ""
     limit(memory, seconds, disk)
+    threading.Thread(target=leave_with_the_grader, args=(questions,), daemon=True).start()
     worker, own = Worker(), os.getpid()
     with os.fdopen(questions, "rb") as incoming, os.fdopen(answers, "wb") as outgoing:
         while True:

@@ -1,9 +1,12 @@
 """Submissions that break things, on purpose or not: each gets the mark of what is right in it, and the grader lives."""
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 pytest.importorskip("otter")
@@ -161,9 +164,20 @@ def test_solutions_and_hidden_tests_are_out_of_sight(
         submission.get("call")()
 
 
-def test_nothing_is_left_behind(tmp_path: Path, assigned: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    import psutil
+def test_a_grader_that_is_killed_leaves_no_process(tmp_path: Path) -> None:
+    cell = f"open({str(tmp_path / 'started')!r}, 'w').close()\nwhile True: pass"
+    program = f"from isopo_mini.coursework.submission import Submission\nSubmission([{cell!r}]).get('x')"
+    with subprocess.Popen([sys.executable, "-c", program]) as grader:
+        while not (tmp_path / "started").exists():
+            assert grader.poll() is None
+            time.sleep(0.1)
+        family = psutil.Process(grader.pid).children(recursive=True)
+        grader.kill()
+    assert len(family) >= 1
+    assert psutil.wait_procs(family, timeout=20)[1] == []
 
+
+def test_nothing_is_left_behind(tmp_path: Path, assigned: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     cell = "import subprocess\nsubprocess.Popen(['sleep', '4321'], start_new_session=True)"
