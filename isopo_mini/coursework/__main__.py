@@ -1,12 +1,13 @@
 """What an instructor types: `python -m isopo_mini.coursework student DIR`, `… grade DIR OUT`, `… autograder DIR`."""
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
 import isopo_mini
 from isopo_mini.coursework import grading, handing_out
-from isopo_mini.coursework.isolation import has_namespaces
+from isopo_mini.coursework.isolation import ORDINARY, has_namespaces
 
 MASTERS = Path(isopo_mini.__file__).resolve().parent.parent / "coursework"
 
@@ -23,6 +24,7 @@ def main(given: list[str] | None = None) -> int:
     grade = commands.add_parser("grade", help="grade a folder of submissions")
     grade.add_argument("folder", type=Path, metavar="DIR")
     grade.add_argument("out", type=Path, metavar="OUT")
+    grade.add_argument("--call-seconds", type=float, default=ORDINARY.call_seconds, help="default: %(default)g")
     arguments = parser.parse_args(given)
     try:
         if arguments.command == "student":
@@ -34,7 +36,8 @@ def main(given: list[str] | None = None) -> int:
         else:
             if not has_namespaces():
                 print("Without namespaces (unshare): submissions reach the network, and see every file that you see.")
-            table = grading.grade_folder(arguments.folder, arguments.out, arguments.masters)
+            limits = dataclasses.replace(ORDINARY, call_seconds=arguments.call_seconds)
+            table = grading.grade_folder(arguments.folder, arguments.out, arguments.masters, limits)
             print(table.to_string(index=False, max_colwidth=60))
             print(f"{arguments.out / 'grades.csv'}, and Gradescope's JSON beside it")
     except ValueError as error:

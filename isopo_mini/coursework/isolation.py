@@ -45,7 +45,7 @@ class Limits:
         answer: bytes of what a function returns.
     """
 
-    call_seconds: float = 30.0
+    call_seconds: float = 60.0
     seconds: float = 600.0
     memory: int = 4 * GIBIBYTE
     disk: int = 64 * MEBIBYTE
