@@ -7,7 +7,7 @@ from pathlib import Path
 
 import isopo_mini
 from isopo_mini.coursework import grading, handing_out
-from isopo_mini.coursework.isolation import ORDINARY, has_namespaces
+from isopo_mini.coursework.isolation import ORDINARY, counts_forks, has_namespaces
 
 MASTERS = Path(isopo_mini.__file__).resolve().parent.parent / "coursework"
 
@@ -36,6 +36,8 @@ def main(given: list[str] | None = None) -> int:
         else:
             if not has_namespaces():
                 print("Without namespaces (unshare): submissions reach the network, and see every file that you see.")
+            if not counts_forks():
+                print("As root on this system, a submission that forks without end may take the machine down.")
             limits = dataclasses.replace(ORDINARY, call_seconds=arguments.call_seconds)
             table = grading.grade_folder(arguments.folder, arguments.out, arguments.masters, limits)
             print(table.to_string(index=False, max_colwidth=60))

@@ -1,10 +1,10 @@
 """A process for code that nobody has read: limits of time, memory, disk and processes, and no network where possible.
 
 Three things hold a submission. The worker limits itself before it runs any of it (`resource.setrlimit`: memory,
-processor time, file size). A guard looks at it from outside, twenty times a second, and ends it when there are too many
-processes, too much memory in all of them together, or too much in its folder. And where the system lets an ordinary
-user have namespaces (`unshare`, Linux), it gets a network, a process table and a view of the file system of its own:
-no address can be reached, folders named by the caller are empty, and its end is the end of all that it has started.
+processor time, file size, processes). A guard looks at it from outside, twenty times a second, and ends it when there
+are too many processes, too much memory in all of them together, or too much in its folder. And where the system lets an
+ordinary user have namespaces (`unshare`, Linux), it gets a network, a process table and a view of the file system of its
+own: no address can be reached, folders named by the caller are empty, and its end is the end of all that it has started.
 
 This guards against accidents and idle cleverness. It is no sandbox against malice: for that, use a container.
 """
@@ -12,6 +12,7 @@ This guards against accidents and idle cleverness. It is no sandbox against mali
 import contextlib
 import functools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,8 +26,12 @@ import psutil
 
 GIBIBYTE, MEBIBYTE = 2**30, 2**20
 NAMESPACES = ("--user", "--map-root-user", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
-# With the folders to hide as arguments up to "--", then the command, which cannot mount anything itself.
+# Forks are faster than any guard, so the kernel has to count. It does for ordinary users (RLIMIT_NPROC), since 5.14 in
+# each namespace. Root it stops only by the process table, which a namespace has of its own since 6.14 and no smaller.
+SMALLEST_TABLE = 301
+# With the size of that table or nothing, the folders to hide up to "--", then the command, which cannot mount itself.
 INSIDE = """
+if [ -n "$1" ]; then echo "$1" > /proc/sys/kernel/pid_max || exit 125; fi; shift
 while [ "$1" != -- ]; do mount -t tmpfs -o ro,size=4k none "$1" || exit 125; shift; done; shift
 exec setpriv --no-new-privs --bounding-set=-all --inh-caps=-all "$@"
 """
@@ -61,8 +66,34 @@ def has_namespaces() -> bool:
     """Whether a process can be given a network and a process table of its own here."""
     if not (shutil.which("unshare") and shutil.which("setpriv")):
         return False
-    command = ["unshare", *NAMESPACES, "sh", "-c", INSIDE, "sh", "--", "true"]
+    command = ["unshare", *NAMESPACES, "sh", "-c", INSIDE, "sh", _table(), "--", "true"]
     return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode == 0
+
+
+def counts_forks() -> bool:
+    """Whether the kernel stops who forks without end. Otherwise there is the guard alone, which may come too late."""
+    return os.geteuid() != 0 or (has_namespaces() and bool(_table()))
+
+
+def _table() -> str:
+    """The size of a process table of one's own, where the kernel has such; elsewhere this would be everybody's."""
+    return str(SMALLEST_TABLE) if _kernel() >= (6, 14) else ""
+
+
+def _kernel() -> tuple[int, int]:
+    """Version of a Linux kernel; zeros elsewhere."""
+    numbers = re.match(r"(\d+)\.(\d+)", os.uname().release) if sys.platform == "linux" else None
+    return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+
+
+def most_processes(limits: Limits) -> int:
+    """What RLIMIT_NPROC should be: threads count too, and where the kernel counts all of a user, those there are."""
+    allowed = limits.processes + 32
+    if has_namespaces() and _kernel() >= (5, 14):
+        return allowed
+    me = psutil.Process().username()
+    mine = [entry.info for entry in psutil.process_iter(["username", "num_threads"])]
+    return allowed + sum(entry["num_threads"] or 1 for entry in mine if entry["username"] == me)
 
 
 class Guarded:
@@ -91,7 +122,7 @@ class Guarded:
         command = [sys.executable, "-P", "-m", module, *arguments]
         if has_namespaces():
             places = [str(place.resolve()) for place in hidden if place.is_dir()]
-            command = ["unshare", *NAMESPACES, "sh", "-c", INSIDE, "sh", *places, "--", *command]
+            command = ["unshare", *NAMESPACES, "sh", "-c", INSIDE, "sh", _table(), *places, "--", *command]
         self.process = subprocess.Popen(
             command,
             cwd=folder,

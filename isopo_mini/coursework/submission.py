@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from isopo_mini.coursework import messages
-from isopo_mini.coursework.isolation import MEBIBYTE, ORDINARY, Guarded, Limits
+from isopo_mini.coursework.isolation import MEBIBYTE, ORDINARY, Guarded, Limits, most_processes
 from isopo_mini.coursework.remote import Remote, SubmissionError
 from isopo_mini.coursework.worker import Held
 
@@ -118,7 +118,7 @@ class Submission:
         theirs_in, self._questions = os.pipe()
         self._answers, theirs_out = os.pipe()
         limits = self.limits
-        numbers = (theirs_in, theirs_out, limits.memory, int(limits.seconds) + 1, limits.disk)
+        numbers = (theirs_in, theirs_out, limits.memory, int(limits.seconds) + 1, limits.disk, most_processes(limits))
         self._guarded = Guarded(
             "isopo_mini.coursework.worker",
             list(map(str, numbers)),

@@ -1,8 +1,8 @@
 """The process in which a submission runs: it executes cells, then answers questions about what they defined.
 
-    python -m isopo_mini.coursework.worker QUESTIONS ANSWERS MEMORY SECONDS DISK
+    python -m isopo_mini.coursework.worker QUESTIONS ANSWERS MEMORY SECONDS DISK PROCESSES
 
-with two file descriptors and three limits, which it puts on itself first. See `messages` for what is said and
+with two file descriptors and four limits, which it puts on itself first. See `messages` for what is said and
 `isolation` for what stands around it. No test and no right answer ever comes here, only the arguments of a call.
 """
 
@@ -87,11 +87,12 @@ class Worker:
         return self.objects[value.number] if isinstance(value, Held) else value
 
 
-def limit(memory: int, seconds: int, disk: int) -> None:
+def limit(memory: int, seconds: int, disk: int, processes: int) -> None:
     """Limits of this process and of all that it starts, as far as the system has them."""
     import resource
 
-    wanted = {"RLIMIT_AS": memory, "RLIMIT_CPU": seconds, "RLIMIT_FSIZE": disk, "RLIMIT_CORE": 0, "RLIMIT_NOFILE": 256}
+    wanted = {"RLIMIT_AS": memory, "RLIMIT_CPU": seconds, "RLIMIT_FSIZE": disk, "RLIMIT_NPROC": processes}
+    wanted |= {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 256}
     for name, value in wanted.items():
         which = getattr(resource, name)
         _, most = resource.getrlimit(which)
@@ -119,12 +120,12 @@ def leave_with_the_grader(questions: int) -> None:
     os._exit(0)
 
 
-def main(questions: int, answers: int, memory: int, seconds: int, disk: int) -> None:
+def main(questions: int, answers: int, memory: int, seconds: int, disk: int, processes: int) -> None:
     """Answer questions until there are no more."""
     torch.set_num_threads(1)
     sys.modules["otter"] = without_otter()
     builtins.input = lambda prompt="": ""
-    limit(memory, seconds, disk)
+    limit(memory, seconds, disk, processes)
     threading.Thread(target=leave_with_the_grader, args=(questions,), daemon=True).start()
     worker, own = Worker(), os.getpid()
     with os.fdopen(questions, "rb") as incoming, os.fdopen(answers, "wb") as outgoing:
