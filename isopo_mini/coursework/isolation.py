@@ -2,9 +2,10 @@
 
 Three things hold a submission. The worker limits itself before it runs any of it (`resource.setrlimit`: memory,
 processor time, file size, processes). A guard looks at it from outside, twenty times a second, and ends it when there
-are too many processes, too much memory in all of them together, or too much in its folder. And where the system lets an
-ordinary user have namespaces (`unshare`, Linux), it gets a network, a process table and a view of the file system of its
-own: no address can be reached, folders named by the caller are empty, and its end is the end of all that it has started.
+are too many processes, too much memory in all of them together, or too much in its folder. And where the system lets
+an ordinary user have namespaces (`unshare`, Linux), it gets a network, a process table and a view of the file system
+of its own: no address can be reached, folders named by the caller are empty, and its end is the end of all that it has
+started.
 
 This guards against accidents and idle cleverness. It is no sandbox against malice: for that, use a container.
 """
