@@ -12,7 +12,7 @@ answers alike: what a learner knows of arithmetic does not help it, what it lear
 import copy
 import statistics
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -51,6 +51,17 @@ class Learner(Protocol):
 
     def learn(self, batch: Batch) -> None:
         """Change the policy in place, from answers that it gave and their rewards."""
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """The names of a notebook, or of a submission that runs elsewhere."""
+
+    def get(self, name: str, default: Any = None, /) -> Any:
+        """The value of a name."""
+
+    def __setitem__(self, name: str, value: Any, /) -> None:
+        """Note a value under a name."""
 
 
 MakeLearner = Callable[[CausalTransformer], Learner]
@@ -142,7 +153,7 @@ def checked(weights: Any, policy: CausalTransformer) -> dict[str, Tensor]:
     return weights
 
 
-def result(environment: MutableMapping[str, Any], make_learner: MakeLearner) -> float:
+def result(environment: Environment, make_learner: MakeLearner) -> float:
     """What a learner reaches, the mean over `SEEDS`. It is played once, and its record noted for the leaderboard.
 
     Args:

@@ -66,6 +66,9 @@ def grade_notebook(
         tests: the source of each of otter's test files, by name, as `handing_out.assign` gives them.
         limits: of its process.
         hidden: folders that its process shall not see.
+
+    Raises:
+        RuntimeError: its process did not start, which is not the submission's fault.
     """
     from otter.run import AutograderConfig
     from otter.test_files import GradingResults
@@ -81,6 +84,8 @@ def grade_notebook(
         problems = unreadable or quietly(submission)
         for file in files:
             file.run(submission)  # type: ignore[arg-type]  # a mapping with `get` is all that it needs
+    if submission.broken:
+        raise RuntimeError(f"{path.name}: {submission.broken}")
     results = GradingResults(files)
     if problems:
         results.set_output("While the notebook ran:\n" + "\n".join(problems))

@@ -42,6 +42,7 @@ class Submission:
         self.cells, self.limits, self.hidden = list(cells), limits, hidden
         self.noted: dict[str, Any] = {}  # what a test leaves here for the grader
         self.problems: list[str] = []  # what went wrong, by cell
+        self.broken = ""  # what went wrong before any of it ran, so that no mark is fair
         self.spent = 0.0
         self._starts = 0
         self._forfeited: set[int] = set()  # cells that ended the process
@@ -98,7 +99,11 @@ class Submission:
                 raise SubmissionError(f"its process ended {RESTARTS} times")
             self._starts += 1
             self._launch()
-            self._exchange({"do": "ready"}, START_SECONDS)
+            try:
+                self._exchange({"do": "ready"}, START_SECONDS)
+            except SubmissionError as error:
+                self.broken = f"the process for submissions did not start: {error}"
+                raise
             first = self._starts == 1 + len(self._forfeited)
             for number, source in enumerate(self.cells, start=1):
                 if number in self._forfeited:

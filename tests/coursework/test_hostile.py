@@ -136,6 +136,14 @@ def test_a_file_that_is_no_notebook_gets_nothing(content: str, tmp_path: Path, a
     assert graded.gradescope["tests"]
 
 
+def test_a_process_that_does_not_start_is_no_mark(
+    tmp_path: Path, assigned: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isopo_mini.coursework.isolation.sys.executable", "false")
+    with pytest.raises(RuntimeError, match=r"fisher_on_bandits.ipynb: the process for submissions did not start"):
+        grade(tmp_path, assigned, [RIGHT])
+
+
 STEAL = """
 import os, pathlib, re
 def stolen():
