@@ -46,7 +46,7 @@ class Limits:
         call_seconds: one cell, or one call of a function.
         seconds: everything together.
         memory: bytes of address space of a process, and of memory of all its processes together.
-        disk: bytes of a file, and of all files in its folder together.
+        disk: bytes of all files in its folder together; half for a single one, which fails before the guard looks.
         processes: how many at one time, threads not counted.
         answer: bytes of what a function returns.
     """

@@ -123,7 +123,14 @@ class Submission:
         theirs_in, self._questions = os.pipe()
         self._answers, theirs_out = os.pipe()
         limits = self.limits
-        numbers = (theirs_in, theirs_out, limits.memory, int(limits.seconds) + 1, limits.disk, most_processes(limits))
+        numbers = (
+            theirs_in,
+            theirs_out,
+            limits.memory,
+            int(limits.seconds) + 1,
+            limits.disk // 2,
+            most_processes(limits),
+        )
         self._guarded = Guarded(
             "isopo_mini.coursework.worker",
             list(map(str, numbers)),
