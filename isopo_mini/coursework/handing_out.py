@@ -48,11 +48,12 @@ import sys
 from pathlib import Path
 
 here = Path(__file__).resolve().parent
-failed = 0
+failed = False
 for notebook in map(Path, sys.argv[1:] or sorted(here.glob("*/*.ipynb"))):
-    print(notebook.name, flush=True)
     command = [sys.executable, "-m", "otter", "check", notebook.name, "--tests-path", "tests"]
-    failed |= subprocess.run(command, cwd=notebook.resolve().parent).returncode
+    told = subprocess.run(command, cwd=notebook.resolve().parent, stdout=subprocess.PIPE, encoding="utf-8")
+    print(f"{notebook.name}\\n{told.stdout}", flush=True)
+    failed |= told.returncode != 0 or "All tests passed!" not in told.stdout  # otter's status is 0 either way
 sys.exit(failed)
 '''
 
