@@ -43,6 +43,7 @@ FOLDED = {"cellView": "form", "jupyter": {"source_hidden": True}}
 CHECK = '''\
 """Run the public tests of every notebook here, or of those that are named: python check.py [NOTEBOOK ...]"""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,8 @@ here = Path(__file__).resolve().parent
 failed = False
 for notebook in map(Path, sys.argv[1:] or sorted(here.glob("*/*.ipynb"))):
     command = [sys.executable, "-m", "otter", "check", notebook.name, "--tests-path", "tests"]
-    told = subprocess.run(command, cwd=notebook.resolve().parent, stdout=subprocess.PIPE, encoding="utf-8")
+    where, utf8 = notebook.resolve().parent, os.environ | {"PYTHONUTF8": "1"}  # on Windows too
+    told = subprocess.run(command, cwd=where, env=utf8, stdout=subprocess.PIPE, encoding="utf-8")
     print(f"{notebook.name}\\n{told.stdout}", flush=True)
     failed |= told.returncode != 0 or "All tests passed!" not in told.stdout  # otter's status is 0 either way
 sys.exit(failed)
