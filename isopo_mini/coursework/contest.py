@@ -160,9 +160,10 @@ def result(environment: Environment, make_learner: MakeLearner) -> float:
         environment: of the test, as otter gives it to an argument called `env`.
         make_learner: the student's.
     """
-    if environment.get("noted_contest") is None:
-        environment["noted_contest"] = [play(make_learner, seed) for seed in SEEDS]
-    return statistics.mean(record["final"] for record in environment["noted_contest"])
+    played = environment.get("noted_contest")
+    if played is None:
+        played = environment["noted_contest"] = [play(make_learner, seed) for seed in SEEDS]
+    return statistics.mean(record["final"] for record in played)
 
 
 def add_to_leaderboard(folder: Path, name: str, played: list[dict[str, Any]]) -> None:

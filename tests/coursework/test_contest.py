@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from isopo_mini.coursework import contest
+from isopo_mini.coursework.submission import Submission
 from isopo_mini.tasks.token_task import DIGITS, VOCABULARY
 
 
@@ -87,3 +88,12 @@ def test_a_broken_policy_is_refused(how, said: str) -> None:
 
     with pytest.raises(ValueError, match=said):
         contest.play(Breaking, seed=1, batches=1)
+
+
+@pytest.mark.parametrize("environment", [{}, Submission([])])
+def test_the_contest_is_played_once(environment, monkeypatch: pytest.MonkeyPatch) -> None:
+    played = []
+    monkeypatch.setattr(contest, "play", lambda _, seed: played.append(seed) or {"final": seed / 1000})
+    assert [contest.result(environment, Idle) for _ in range(3)] == [pytest.approx(0.1015)] * 3
+    assert played == list(contest.SEEDS)
+    assert len(environment.get("noted_contest")) == 2
