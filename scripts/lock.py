@@ -1,9 +1,10 @@
 """Renew `requirements.txt`, the full lock that the book is built with, and the two smaller ones: `make lock`.
 
 `requirements-models.txt` is for the tests with transformers, peft, trl and a real language model (`make models`),
-`requirements-course.txt` for the coursework (`make course`). For each, a throwaway environment resolves the minimum versions of `pyproject.toml` to the newest ones that fit together. What pip
-then lists becomes the lock, with two things left out: local version suffixes such as `+cpu`, which only some package
-indexes offer; and NVIDIA's and Triton's packages, which PyTorch brings along where the platform has them.
+`requirements-course.txt` for the coursework (`make course`). For each, a throwaway environment resolves the minimum
+versions of `pyproject.toml` to the newest ones that fit together. What pip then lists becomes the lock, with two things
+left out: local version suffixes such as `+cpu`, which only some package indexes offer; and NVIDIA's and Triton's
+packages, which PyTorch brings along where the platform has them.
 """
 
 import re
