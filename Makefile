@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODELS := .venv-models
+COURSE := .venv-course
 
 .DEFAULT_GOAL := help
-.PHONY: help book test models portable changed margins lab serve draft lint format lock clean
+.PHONY: help book test models course student grade autograder portable changed margins lab serve draft lint format lock clean
 
 help:  ## List these commands
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{ printf "make %-8s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{ printf "make %-10s %s\n", $$1, $$2 }'
 
 # The environment: the full lock, then the package itself without letting pip look for other versions.
 # Matplotlib lists the machine's fonts on its first import and says so on stderr, so that is done here, once.
@@ -44,6 +45,33 @@ $(MODELS)/.installed: requirements-models.txt pyproject.toml
 models: $(MODELS)/.installed  ## Test the engine on models of transformers and peft, a real one too, and in trl
 	@echo "Testing the engine on models that nobody here wrote"
 	$(MODELS)/bin/python -m pytest tests/models tests/integrations
+
+# Its own environment and lock: otter-grader brings much that nothing else needs.
+$(COURSE)/.installed: requirements-course.txt pyproject.toml
+	@echo "Making $(COURSE) from requirements-course.txt (about two minutes the first time)"
+	$(PYTHON) -m venv $(COURSE)
+	$(COURSE)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements-course.txt
+	$(COURSE)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+course: $(COURSE)/.installed  ## Test the coursework: its solutions, its grader, and submissions that try to break it
+	@echo "Handing out, solving and grading the coursework"
+	$(COURSE)/bin/python -m pytest tests/coursework
+
+student: $(COURSE)/.installed  ## Write the repository that students get: make student DIR=../course
+	@test -n "$(DIR)" || { echo "Say where to: make student DIR=../course"; exit 1; }
+	@echo "Writing the students' repository to $(DIR)"
+	$(COURSE)/bin/python -m isopo_mini.coursework student $(DIR)
+
+grade: $(COURSE)/.installed  ## Grade a folder of submissions: make grade DIR=../submissions; the grades go to DIR-grades
+	@test -n "$(DIR)" || { echo "Say which submissions: make grade DIR=../submissions"; exit 1; }
+	@echo "Grading $(DIR)"
+	$(COURSE)/bin/python -m isopo_mini.coursework grade $(DIR) $(patsubst %/,%,$(DIR))-grades
+
+autograder: $(COURSE)/.installed  ## Write the zips that Gradescope takes: make autograder DIR=../gradescope
+	@test -n "$(DIR)" || { echo "Say where to: make autograder DIR=../gradescope"; exit 1; }
+	@echo "Writing Gradescope's zips to $(DIR)"
+	$(COURSE)/bin/python -m isopo_mini.coursework autograder $(DIR)
 
 portable: $(INSTALLED)  ## Run every chapter as on other processors and with other seeds (about 45 minutes)
 	@echo "Running every chapter under every setting of scripts/execute_chapters.py; a failing claim does not stop it"

@@ -3,7 +3,7 @@
 After `import isopo_mini` every room is there, `isopo_mini.geometry.isopo.ntk_coefficients` and so on; it is loaded when
 it is first asked for. So `import isopo_mini.engine`, in training code of your own, loads torch and jaxtyping and not
 the libraries of the experiments. Only `isopo_mini.plotting` and `isopo_mini.exercises`, which serve the book, and the
-modules of `isopo_mini.integrations`, which need other libraries, are imported by name.
+modules of `isopo_mini.integrations` and `isopo_mini.coursework`, which need other libraries, are imported by name.
 """
 
 from importlib import import_module

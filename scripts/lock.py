@@ -1,9 +1,10 @@
-"""Renew `requirements.txt`, the full lock that the book is built with, and `requirements-models.txt`: `make lock`.
+"""Renew `requirements.txt`, the full lock that the book is built with, and the two smaller ones: `make lock`.
 
-The second is for the tests with transformers, peft, trl and a real language model (`make models`). For each, a
-throwaway environment resolves the minimum versions of `pyproject.toml` to the newest ones that fit together. What pip
-then lists becomes the lock, with two things left out: local version suffixes such as `+cpu`, which only some package
-indexes offer; and NVIDIA's and Triton's packages, which PyTorch brings along where the platform has them.
+`requirements-models.txt` is for the tests with transformers, peft, trl and a real language model (`make models`),
+`requirements-course.txt` for the coursework (`make course`). For each, a throwaway environment resolves the minimum
+versions of `pyproject.toml` to the newest ones that fit together. What pip then lists becomes the lock, with two things
+left out: local version suffixes such as `+cpu`, which only some package indexes offer; and NVIDIA's and Triton's
+packages, which PyTorch brings along where the platform has them.
 """
 
 import re
@@ -23,7 +24,9 @@ HEADER = """\
 # The package itself asks only for the minimum versions in pyproject.toml.
 """
 BOOK = HEADER.format(purpose="the book is built and tested with")
+COURSE = HEADER.format(purpose="the coursework is made, graded and tested with")
 MODELS = HEADER.format(purpose="the tests with transformers, peft, trl and a language model run with")
+HEADERS = {"requirements-models.txt": MODELS, "requirements-course.txt": COURSE}
 # What the tests with other people's models need of the extra `dev`.
 TESTING = ("pytest", "hypothesis", "beartype")
 
@@ -50,6 +53,7 @@ def requirements() -> dict[str, list[str]]:
     return {
         "requirements.txt": [*always, *extras["book"], *extras["dev"]],
         "requirements-models.txt": [*always, *extras["models"], *extras["trl"], *extras["language"], *testing],
+        "requirements-course.txt": [*always, *extras["coursework"], *testing],
     }
 
 
@@ -57,7 +61,7 @@ def main(names: list[str]) -> None:
     """Resolve, freeze, write each lock, or those that are named."""
     wanted = requirements()
     for name in names or wanted:
-        write(name, wanted[name], MODELS if "models" in name else BOOK)
+        write(name, wanted[name], HEADERS.get(name, BOOK))
 
 
 def write(name: str, wanted: list[str], header: str) -> None:

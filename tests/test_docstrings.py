@@ -30,6 +30,15 @@ OPTIONAL = {"isopo_mini.integrations.trl": "trl"}
 # What other modules are made of: of use to whoever changes them, not to whoever calls them.
 INTERNAL = {
     "isopo_mini.checks",
+    "isopo_mini.coursework.__main__",
+    "isopo_mini.coursework.grading",
+    "isopo_mini.coursework.handing_out",
+    "isopo_mini.coursework.isolation",
+    "isopo_mini.coursework.messages",
+    "isopo_mini.coursework.probes",
+    "isopo_mini.coursework.remote",
+    "isopo_mini.coursework.submission",
+    "isopo_mini.coursework.worker",
     "isopo_mini.engine.across_ranks",
     "isopo_mini.engine.attention_handler",
     "isopo_mini.engine.convolution_handlers",

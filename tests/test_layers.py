@@ -21,6 +21,7 @@ ALLOWED = {
     "training": SHARED | {"policies", "rules", "old_names"},
     "experiments": SHARED | {*ROOMS, "__init__"} - {"integrations"},
     "integrations": SHARED | set(ROOMS),
+    "coursework": SHARED | {*ROOMS, "__init__"} - {"integrations"},
     "batch": {"checks"},
     "checks": set(),
     "old_names": set(),

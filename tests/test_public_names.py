@@ -214,7 +214,12 @@ def test_a_rule_runs_with_its_defaults_and_training_returns_one_row_an_iteration
 
 
 # Commands, and what is loaded by name with the library that it is for.
-NOT_LOADED = {"isopo_mini.tasks.warm_start", "isopo_mini.integrations.torchrun"}
+NOT_LOADED = {
+    "isopo_mini.tasks.warm_start",
+    "isopo_mini.integrations.torchrun",
+    "isopo_mini.coursework.agreement",
+    "isopo_mini.coursework.contest",
+}
 ROOMS = [isopo_mini, engine, experiments, geometry, objectives, policies, rules, tasks, training]
 
 
