@@ -62,8 +62,9 @@
         "bars the coefficients c; the gap between them is how much the log-probability of a pull changes, in the " +
         "natural scale. Third: length of the step, and its angle with both ends, for every ρ.",
     ]);
+    const drawings = panels.map(({ holder }) => holder);
     root.append(explorables.element("div", { class: "explorable-controls" }, [slider, chosen]));
-    root.append(explorables.element("div", { class: "explorable-panels" }, panels.map(({ holder }) => holder)), table, help);
+    root.append(explorables.element("div", { class: "explorable-panels" }, drawings), table, help);
     update();
   };
 
@@ -72,7 +73,8 @@
     const { holder, svg } = explorables.drawing(WIDTH, 216, label);
     explorables.shape(svg, "text", { x: BOX.left, y: 14, class: "explorable-title" }, title);
     explorables.shape(svg, "text", { x: across(0.5), y: 210, class: "explorable-corner" }, foot);
-    explorables.shape(svg, "line", { class: "explorable-axis", x1: BOX.left, x2: BOX.right, y1: BOX.bottom, y2: BOX.bottom });
+    const axis = { x1: BOX.left, x2: BOX.right, y1: BOX.bottom, y2: BOX.bottom };
+    explorables.shape(svg, "line", { class: "explorable-axis", ...axis });
     return { holder, svg };
   }
 
@@ -81,11 +83,15 @@
   }
 
   function spectrumPanel() {
-    const { holder, svg } = box("eigenvalues κ and λ, over tr K/S", "eigen-direction", "Spectrum of the Gram matrix and the damping");
-    for (const power of [-4, -2, 0, 2]) tick(svg, BOX.left - 4, up(height(10 ** power)) + 4, `1e${power}`.replace("-", "−"));
+    const label = "Spectrum of the Gram matrix and the damping";
+    const { holder, svg } = box("eigenvalues κ and λ, over tr K/S", "eigen-direction", label);
+    for (const power of [-4, -2, 0, 2]) {
+      tick(svg, BOX.left - 4, up(height(10 ** power)) + 4, `1e${power}`.replace("-", "−"));
+    }
     const bars = explorables.shape(svg, "g", { class: "explorable-bars" });
     const dots = explorables.shape(svg, "g", { class: "explorable-dots" });
     const level = explorables.shape(svg, "line", { class: "explorable-level", x1: BOX.left, x2: BOX.right });
+    const name = explorables.shape(svg, "text", { x: BOX.right, class: "explorable-tick", "text-anchor": "end" }, "λ");
     function draw(found, { factors }, rho) {
       bars.replaceChildren();
       dots.replaceChildren();
@@ -100,12 +106,14 @@
       });
       level.setAttribute("y1", up(height(rho)));
       level.setAttribute("y2", up(height(rho)));
+      name.setAttribute("y", up(height(rho)) + (rho > 1 ? 13 : -4)); // off the bars where they are high
     }
     return { holder, draw };
   }
 
   function coefficientsPanel(advantages) {
-    const { holder, svg } = box("advantages A and coefficients c", "sequence", "Coefficients of the sequences beside their advantages");
+    const label = "Coefficients of the sequences beside their advantages";
+    const { holder, svg } = box("advantages A and coefficients c", "sequence", label);
     const largest = Math.max(...advantages.map(Math.abs));
     const y = (value) => up(0.5 + (0.48 * value) / largest);
     const width = 1 / advantages.length;
@@ -131,7 +139,9 @@
     const { holder, svg } = box("the step", "damping ρ", "Length and angle of the step for every damping");
     const x = (rho) => across((END - Math.log10(rho)) / (2 * END));
     for (const share of [0, 0.5, 1]) tick(svg, BOX.left - 4, up(share) + 4, String(share));
-    for (const power of [3, 0, -3]) tick(svg, x(10 ** power), BOX.bottom + 14, `1e${power}`.replace("-", "−"), "middle");
+    for (const [power, anchor] of [[3, "middle"], [0, "middle"], [-3, "end"]]) {
+      tick(svg, x(10 ** power), BOX.bottom + 14, `1e${power}`.replace("-", "−"), anchor);
+    }
     const here = explorables.shape(svg, "line", { class: "explorable-level", y1: BOX.top, y2: BOX.bottom });
     const curves = {};
     const dots = {};

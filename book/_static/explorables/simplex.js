@@ -34,7 +34,7 @@
 
   explorables.kinds.simplex = function (root, data) {
     const state = { pi: data.probs, rewards: data.rewards, price: data.price };
-    const { holder, svg } = explorables.drawing(390, 335, "Triangle of policies over three arms");
+    const { holder, svg } = explorables.drawing(390, 345, "Triangle of policies over three arms");
     svg.setAttribute("role", "group"); // it holds something to drag
     const parts = drawnParts(svg);
     const { table, fill } = explorables.table(
