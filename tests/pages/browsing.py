@@ -69,9 +69,14 @@ def show(browser: Chrome, address: str, *, theme: str = "light", size: str = "de
     metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size == "phone"}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": size == "phone"})
+    prefer(browser, theme)
+    browser.get(address)
+
+
+def prefer(browser: Chrome, theme: str) -> None:
+    """Let the reader's system ask for this theme."""
     wish = [{"name": "prefers-color-scheme", "value": theme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": wish})
-    browser.get(address)
 
 
 def requests_elsewhere(browser: Chrome) -> list[str]:
