@@ -91,4 +91,5 @@ def requests_elsewhere(browser: Chrome) -> list[str]:
 
 def errors(browser: Chrome) -> list[str]:
     """What the browser complained about since the last call: failed scripts, files that are not there."""
-    return [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    severe = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    return [message for message in severe if "/favicon.ico" not in message]  # asked for by the browser, not by the page

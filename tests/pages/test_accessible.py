@@ -13,8 +13,16 @@ BOOK = Path(os.environ["PAGES"]).resolve()
 LISTINGS = sorted(BOOK.glob("_modules/isopo_mini/batch.html"))
 PAGES = sorted([*BOOK.glob("book/**/*.html"), *BOOK.glob("*.html"), *LISTINGS])
 
-# What the theme does and no setting changes, by the name of axe's rule, and why it does no harm here.
-THEME: dict[str, str] = {}
+# What others write into the pages and no setting changes: axe's rule, by what its place is known, and why it may stay.
+LEFT = {
+    # docutils marks up a bibliography so. A screen reader passes over the roles; the text and its order are right.
+    "aria-required-children": 'class="citation-list"',
+    "aria-allowed-role": 'role="doc-biblioentry"',
+    "aria-deprecated-role": 'role="doc-biblioentry"',
+    "empty-table-header": "<th></th>",  # pandas: the corner above the index says nothing, and there is nothing to say
+}
+# The theme declares a constant twice, which nothing uses.
+ERRORS_LEFT = ("THEBE_JS_URL",)
 
 # A formula brings hundreds of elements, and a listing one for every word. axe looks at one of each kind of word; a
 # formula is left out, since MathJax writes what a screen reader says beside it, and a test of one page looks at that.
@@ -41,10 +49,10 @@ def violations(browser: Chrome, options: dict) -> list[str]:
     found = browser.execute_async_script(RUN, {"resultTypes": ["violations"], **options})
     assert isinstance(found, dict), found
     return [
-        f"{rule['id']} ({rule['impact']}): {rule['help']}; {len(rule['nodes'])} times, first {place['html'][:200]}"
+        f"{rule['id']} ({rule['impact']}): {rule['help']}, at {place['html'][:200]}"
         for rule in found["violations"]
-        for place in rule["nodes"][:1]
-        if rule["id"] not in THEME
+        for place in rule["nodes"]
+        if LEFT.get(rule["id"], "nothing") not in place["html"]
     ]
 
 
@@ -59,7 +67,7 @@ def test_axe_finds_nothing_in_either_theme_and_nothing_comes_from_elsewhere(
     assert browser.execute_script("return document.documentElement.dataset.theme") == "dark"
     assert violations(browser, {"runOnly": ["color-contrast"]}) == []
     assert browsing.requests_elsewhere(browser) == []
-    assert browsing.errors(browser) == []
+    assert [error for error in browsing.errors(browser) if not any(known in error for known in ERRORS_LEFT)] == []
 
 
 def test_formulas_are_read_out(browser: Chrome, site: str) -> None:
@@ -74,6 +82,7 @@ STOP = """
 const at = document.activeElement;
 return {
   inside: at.closest('.explorable') !== null,
+  sidebar: at.closest('.bd-links') !== null,
   name: at.name || at.getAttribute('role') || '',
   says: [at.getAttribute('aria-label'), at.title, at.placeholder, at.textContent].join(' ').trim().slice(0, 80),
   seen: at.getClientRects().length > 0,
@@ -91,7 +100,7 @@ def test_the_keyboard_reaches_search_sidebar_and_the_picture_that_moves(browser:
     assert all(stop["seen"] for stop in stops)
     said = [stop["says"].lower() for stop in stops]
     search = next(i for i, text in enumerate(said) if "search" in text)
-    sidebar = next(i for i, text in enumerate(said) if "policies and scores" in text)
+    sidebar = next(i for i, stop in enumerate(stops) if stop["sidebar"])
     assert 0 < search < sidebar
     order = [stop["name"] for stop in stops if stop["inside"]]
     assert order == ["slider", "reward-1", "reward-2", "reward-3", "price"]

@@ -39,7 +39,8 @@ def shown(place: WebElement) -> dict[str, list[float]]:
     for row in place.find_elements("css selector", "tbody tr"):
         cells = row.find_elements("tag name", "td")
         numbers = [float(cell.get_attribute("data-value")) for cell in cells]
-        assert [cell.text.replace("−", "-") for cell in cells] == [f"{number:.4f}" for number in numbers]
+        texts = [f"{number:.4f}".replace("-0.0000", "0.0000").replace("-", "−") for number in numbers]
+        assert [cell.text for cell in cells] == texts
         rows[row.get_attribute("data-row")] = numbers
     return rows
 
@@ -109,7 +110,8 @@ def test_nothing_moves_where_all_rewards_are_equal(browser: Chrome, site: str, b
     for arm in (1, 2, 3):
         place.find_element("name", f"reward-{arm}").send_keys(Keys.HOME)
     assert state(place)["rewards"] == [0, 0, 0]
-    assert shown(place) == {key: [0.0, 0.0, 0.0] for key in RULES}
+    for row in shown(place).values():
+        assert row == pytest.approx([0.0, 0.0, 0.0], abs=1e-12)
 
 
 def test_a_finger_drags_the_policy_and_scrolls_elsewhere(browser: Chrome, site: str, book: Path) -> None:
@@ -224,8 +226,21 @@ def test_without_scripts_the_still_picture_stays(browser: Chrome, site: str, boo
 @pytest.mark.parametrize("page", [*TRIANGLES, DAMPING])
 def test_a_phone_shows_all_of_it(browser: Chrome, site: str, book: Path, page: str) -> None:
     place = opened(browser, site, page, book, size="phone")
-    outside = """return [...arguments[0].querySelectorAll('svg, input, select, table, p')].filter(part => {
+    outside = """const frame = arguments[0].getBoundingClientRect();
+    return [...arguments[0].querySelectorAll('svg, input, select, table, p')].filter(part => {
         const box = part.getBoundingClientRect();
-        return box.left < 0 || box.right > innerWidth || box.width === 0;
-    }).length"""
-    assert browser.execute_script(outside, place) == 0
+        return box.left < frame.left || box.right > frame.right || box.width === 0;
+    }).map(part => part.outerHTML.slice(0, 80))"""
+    assert browser.execute_script(outside, place) == []
+    frame = "const frame = arguments[0].getBoundingClientRect(); return frame.left >= 0 && frame.right <= innerWidth"
+    assert browser.execute_script(frame, place)
+
+
+@pytest.mark.parametrize("page", [*TRIANGLES, DAMPING])
+def test_it_stands_on_the_pages_own_ground(browser: Chrome, site: str, book: Path, page: str) -> None:
+    """The theme lays what a cell writes on a light plate in the dark, where the picture's light lines would vanish."""
+    place = opened(browser, site, page, book, theme="dark")
+    ground = "return getComputedStyle(arguments[0].parentElement).backgroundColor"
+    assert browser.execute_script(ground, place) in ("rgba(0, 0, 0, 0)", "transparent")
+    light = "return getComputedStyle(arguments[0]).color.match(/\\d+/g).slice(0, 3).every(part => part > 120)"
+    assert browser.execute_script(light, place)

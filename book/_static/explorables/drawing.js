@@ -72,7 +72,8 @@ explorables.table = function (caption, columns, rows, digits = 4) {
   ]);
   const fill = (key, column, number) => {
     const cell = cells[key][column];
-    cell.textContent = number.toFixed(digits).replace("-", "−");
+    const text = number.toFixed(digits);
+    cell.textContent = Number(text) === 0 ? (0).toFixed(digits) : text.replace("-", "−"); // no −0.0000
     cell.dataset.value = String(number);
   };
   return { table, fill };

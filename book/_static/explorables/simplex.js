@@ -163,6 +163,8 @@
       handle.focus({ preventScroll: true });
       event.preventDefault();
     });
+    // A finger on the dot does not scroll. (For a part of a drawing, not every browser heeds CSS's touch-action.)
+    handle.addEventListener("touchstart", (event) => event.preventDefault(), { passive: false });
     handle.addEventListener("pointermove", (event) => {
       if (handle.hasPointerCapture(event.pointerId)) at(event);
     });
