@@ -57,6 +57,7 @@ def damping(grams: Mapping[str, Float[Tensor, "S S"]], advantages: Float[Tensor,
     """
     name, gram = next(iter(grams.items()))
     shares = torch.linalg.eigvalsh(gram.double()).flip(0).clamp_min(0) / mean_eigenvalue(gram.double())
+    shares = shares.numpy()
     index, rhos = range(1, len(shares) + 1), torch.logspace(3, -3, 61).tolist()
     figure, (left, right) = plt.subplots(1, 2, figsize=(6.8, 4.4))
     left.bar(index, rho / (shares + rho), color="#AACCBB", label="factor λ/(κ + λ)")

@@ -19,6 +19,7 @@ LEFT = {
     "aria-required-children": 'class="citation-list"',
     "aria-allowed-role": 'role="doc-biblioentry"',
     "aria-deprecated-role": 'role="doc-biblioentry"',
+    "region": 'class="sidebar-primary-item"',  # the theme's sidebar is no landmark, though its list of chapters is one
     "empty-table-header": "<th></th>",  # pandas: the corner above the index says nothing, and there is nothing to say
 }
 # The theme declares a constant twice, which nothing uses.
