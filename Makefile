@@ -35,7 +35,7 @@ $(VENV)/.axe: $(INSTALLED)
 
 pages: $(VENV)/.axe  ## Check the built book: links, and in Chromium keyboard, contrast and the pictures one can move
 	@test -f _build/html/index.html || { echo "There is no book yet: type make book first"; exit 1; }
-	@command -v chromium > /dev/null && command -v chromedriver > /dev/null || { echo "No browser: apt-get install chromium chromium-driver"; exit 1; }
+	@command -v chromedriver > /dev/null || { echo "No browser to drive: apt-get install chromium chromium-driver"; exit 1; }
 	@echo "Checking the built pages, with the network cut (about three minutes)"
 	$(BIN)/python scripts/check_links.py _build/html
 	PAGES=_build/html $(BIN)/python -m pytest tests/pages

@@ -50,9 +50,10 @@ def served(folder: Path) -> Iterator[str]:
 
 def started() -> Chrome:
     """A browser without window and with an empty profile."""
-    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
     if program is None or driver is None:
-        raise FileNotFoundError("chromium, chromedriver: not found; apt-get install chromium chromium-driver")
+        raise FileNotFoundError("chromium, chromedriver: not found; on Debian apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = program
     for switch in SWITCHES:
