@@ -100,7 +100,8 @@ def simplex(probs: Float[Tensor, "3"], rewards: Float[Tensor, "3"], price: float
         step = (after / probs).log()
         end = after if name == "PPO" else probs + bandit.logit_fisher(_start(probs, rewards)[1]) @ step
         arrow = {"arrowstyle": "-|>", "color": style["color"], "linewidth": 2.5, "shrinkA": 0, "shrinkB": 0}
-        ax.annotate("", plotting.simplex_xy(end), plotting.simplex_xy(probs), arrowprops=arrow)
+        tip, foot = (tuple(plotting.simplex_xy(point).tolist()) for point in (end, probs))
+        ax.annotate("", tip, foot, arrowprops=arrow)
     ax.plot(*plotting.simplex_xy(probs), "o", color="#333333", zorder=3)
     ax.legend(loc="upper left", fontsize="small")
     plt.show()
