@@ -7,7 +7,7 @@ MODELS := .venv-models
 COURSE := .venv-course
 
 .DEFAULT_GOAL := help
-.PHONY: help book test models course student grade autograder portable changed margins lab serve draft lint format lock clean
+.PHONY: help book pages test models course student grade autograder portable changed margins lab serve draft lint format lock clean
 
 help:  ## List these commands
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -27,6 +27,19 @@ book: $(INSTALLED)  ## Execute every chapter and write _build/html/index.html; a
 	TQDM_DISABLE=1 $(BIN)/python scripts/build_book.py
 	$(BIN)/python scripts/check_pages.py _build/html
 	@echo "The book is at _build/html/index.html; make serve shows it"
+
+# axe-core in a package whose other dependencies nobody here runs: it brings one script.
+AXE := axe-playwright-python==0.1.8
+$(VENV)/.axe: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(AXE)
+	@touch $@
+
+pages: $(VENV)/.axe  ## Check the built book: links, and in Chromium keyboard, contrast and the pictures one can move
+	@test -f _build/html/index.html || { echo "There is no book yet: type make book first"; exit 1; }
+	@command -v chromedriver > /dev/null || { echo "No browser to drive: apt-get install chromium chromium-driver"; exit 1; }
+	@echo "Checking the built pages, with the network cut (about three minutes)"
+	$(BIN)/python scripts/check_links.py _build/html
+	PAGES=_build/html $(BIN)/python -m pytest tests/pages
 
 test: $(INSTALLED)  ## Run all tests
 	@echo "Running the tests"

@@ -28,6 +28,7 @@ ALLOWED = {
     "precision": set(),
     "writing": set(),
     "plotting": SHARED | set(ROOMS) - {"integrations"},
+    "explorables": SHARED | {"plotting", *ROOMS} - {"integrations"},
     "exercises": SHARED | set(ROOMS) - {"integrations"},
     "__init__": SHARED | {*ROOMS, "old_names"} - {"integrations"},
 }

@@ -1,0 +1,115 @@
+"""Every built page for readers with a keyboard, a screen reader, or weak eyes; and nothing comes from another host."""
+
+import os
+from importlib.resources import files
+from pathlib import Path
+
+import browsing
+import pytest
+from selenium.webdriver import ActionChains, Chrome, Keys
+
+BOOK = Path(os.environ["PAGES"]).resolve()
+# The listings under _modules are pages of one kind: one stands for all.
+LISTINGS = sorted(BOOK.glob("_modules/isopo_mini/batch.html"))
+PAGES = sorted([*BOOK.glob("book/**/*.html"), *BOOK.glob("*.html"), *LISTINGS])
+
+# What others write into the pages and no setting changes: axe's rule, by what its place is known, and why it may stay.
+LEFT = {
+    # docutils marks up a bibliography so. A screen reader passes over the roles; the text and its order are right.
+    "aria-required-children": 'class="citation-list"',
+    "aria-allowed-role": 'role="doc-biblioentry"',
+    "aria-deprecated-role": 'role="doc-biblioentry"',
+    "region": 'class="sidebar-primary-item"',  # the theme's sidebar is no landmark, though its list of chapters is one
+    "empty-table-header": "<th></th>",  # pandas: the corner above the index says nothing, and there is nothing to say
+}
+# The theme declares a constant twice, which nothing uses.
+ERRORS_LEFT = ("THEBE_JS_URL",)
+
+# A formula brings hundreds of elements, and a listing one for every word. axe looks at one of each kind of word; a
+# formula is left out, since MathJax writes what a screen reader says beside it, and a test of one page looks at that.
+THIN = """
+for (const formula of document.querySelectorAll('mjx-container')) formula.replaceWith('formula');
+const seen = new Set();
+for (const word of document.querySelectorAll('pre span, dt.sig span, code span')) {
+  const kind = [word.className, getComputedStyle(word).color, word.closest('pre') !== null].join();
+  if (word.children.length === 0 && seen.has(kind)) word.remove();
+  seen.add(kind);
+}
+"""
+RUN = "const done = arguments[arguments.length - 1]; axe.run(document, arguments[0]).then(done, e => done(String(e)))"
+
+
+def name(path: Path) -> str:
+    return path.relative_to(BOOK).as_posix()
+
+
+def violations(browser: Chrome, options: dict) -> list[str]:
+    """What axe finds on the page that is open: rule, what it says, and the first places."""
+    browser.execute_script(THIN)
+    browser.execute_script((files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8"))
+    # Without preload: axe would fetch style sheets again, and look for what they import beside the page.
+    found = browser.execute_async_script(RUN, {"resultTypes": ["violations"], "preload": False, **options})
+    assert isinstance(found, dict), found
+    return [
+        f"{rule['id']} ({rule['impact']}): {rule['help']}, at {place['html'][:200]}"
+        for rule in found["violations"]
+        for place in rule["nodes"]
+        if LEFT.get(rule["id"], "nothing") not in place["html"]
+    ]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_axe_finds_nothing_in_either_theme_and_nothing_comes_from_elsewhere(
+    browser: Chrome, site: str, path: Path
+) -> None:
+    browsing.errors(browser), browsing.requests_elsewhere(browser)  # of the page before
+    browsing.show(browser, f"{site}/{name(path)}")
+    assert violations(browser, {}) == []
+    browsing.prefer(browser, "dark")  # the theme follows the reader's system
+    assert browser.execute_script("return document.documentElement.dataset.theme") == "dark"
+    assert violations(browser, {"runOnly": ["color-contrast"]}) == []
+    assert browsing.requests_elsewhere(browser) == []
+    assert [error for error in browsing.errors(browser) if not any(known in error for known in ERRORS_LEFT)] == []
+
+
+def test_formulas_are_read_out(browser: Chrome, site: str) -> None:
+    browsing.show(browser, f"{site}/book/index.html")
+    ready = "const done = arguments[0]; MathJax.startup.promise.then(() => done(true))"
+    assert browser.execute_async_script(ready)
+    spoken = browser.execute_script("return [...document.querySelectorAll('mjx-assistive-mml math')].length")
+    assert spoken == browser.execute_script("return document.querySelectorAll('mjx-container').length") > 0
+
+
+STOP = """
+const at = document.activeElement;
+return {
+  inside: at.closest('.explorable') !== null,
+  sidebar: at.closest('.bd-links') !== null,
+  name: at.name || at.getAttribute('role') || '',
+  says: [at.getAttribute('aria-label'), at.title, at.placeholder, at.textContent].join(' ').trim().slice(0, 80),
+  seen: at.getClientRects().length > 0,
+};
+"""
+
+
+def test_the_keyboard_reaches_search_sidebar_and_the_picture_that_moves(browser: Chrome, site: str) -> None:
+    browsing.show(browser, f"{site}/book/foundations/02_fisher_metric.html")
+    stops = []
+    while not (stops and stops[-1]["name"] == "price") and len(stops) < 400:
+        ActionChains(browser).send_keys(Keys.TAB).perform()
+        stops.append(browser.execute_script(STOP))
+    assert stops[0]["says"] == "Skip to main content"
+    assert all(stop["seen"] for stop in stops)
+    said = [stop["says"].lower() for stop in stops]
+    search = next(i for i, text in enumerate(said) if "search" in text)
+    sidebar = next(i for i, stop in enumerate(stops) if stop["sidebar"])
+    assert 0 < search < sidebar
+    order = [stop["name"] for stop in stops if stop["inside"]]
+    assert order == ["slider", "reward-1", "reward-2", "reward-3", "price"]
+
+
+def test_the_skip_link_leads_to_the_text(browser: Chrome, site: str) -> None:
+    browsing.show(browser, f"{site}/book/foundations/02_fisher_metric.html")
+    ActionChains(browser).send_keys(Keys.TAB, Keys.ENTER).perform()
+    ActionChains(browser).send_keys(Keys.TAB).perform()
+    assert browser.execute_script("return document.activeElement.closest('main, #main-content') !== null")
