@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 MODELS := .venv-models
 
 .DEFAULT_GOAL := help
-.PHONY: help book test models portable changed margins lab serve draft lint format lock clean
+.PHONY: help book pdf test models portable changed margins lab serve draft lint format lock clean
 
 help:  ## List these commands
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{ printf "make %-8s %s\n", $$1, $$2 }'
@@ -26,6 +26,11 @@ book: $(INSTALLED)  ## Execute every chapter and write _build/html/index.html; a
 	TQDM_DISABLE=1 $(BIN)/python scripts/build_book.py
 	$(BIN)/python scripts/check_pages.py _build/html
 	@echo "The book is at _build/html/index.html; make serve shows it"
+
+pdf: $(INSTALLED)  ## Print the built book with Chromium: one file, solutions at the end
+	@test -f _build/html/index.html || { echo "There is no book yet: type make book first"; exit 1; }
+	@echo "Printing the built book to _build/isopo.pdf (a few minutes)"
+	$(BIN)/python scripts/make_pdf.py
 
 test: $(INSTALLED)  ## Run all tests
 	@echo "Running the tests"
