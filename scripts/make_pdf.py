@@ -22,8 +22,7 @@ from whole_files import write_whole
 ROOT = Path(__file__).resolve().parent.parent
 HTML = ROOT / "_build" / "html"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-# A minute for each of two dozen chapters' formulas; Chromium's clock stands still while it computes.
-PATIENCE = 24 * 60_000
+PATIENCE = 600_000  # milliseconds for the formulas, by Chromium's own clock, which stands still while it computes
 # What is of use on a screen only, and the folded cells that are no solution: setting up, drawing.
 NOT_PRINTED = (
     "script, a.headerlink, .toctree-wrapper, button, .tag_setup, details.hide.above-input, .explorable-controls"
@@ -125,11 +124,11 @@ def one_page(root: Path = ROOT, html: Path = HTML) -> str:
 
 
 def print_page(browser: str, page: Path, pdf: Path) -> None:
-    """Let Chromium print a page, without a profile of anybody and without the network."""
+    """Let Chromium print a page, without a profile of anybody."""
     with tempfile.TemporaryDirectory() as profile:
         options = [f"--user-data-dir={profile}", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
         options += ["--disable-background-networking", "--disable-sync", "--disable-component-update"]
-        options += ["--host-resolver-rules=MAP * ~NOTFOUND", "--allow-file-access-from-files", "--no-pdf-header-footer"]
+        options += ["--allow-file-access-from-files", "--no-pdf-header-footer"]
         options += [f"--virtual-time-budget={PATIENCE}", "--generate-pdf-document-outline", f"--print-to-pdf={pdf}"]
         subprocess.run([browser, *options, page.as_uri()], check=True, stderr=subprocess.DEVNULL)
 

@@ -153,7 +153,10 @@ class Linker:
             return {"refuri": self.address(page)} if page and page != self.page and not theirs else {}
         if mention.kind == "equation" and isinstance(text.parent.parent, nodes.entry):
             return {}  # in a table, a number in brackets is a number in brackets
-        other = self.chapter_beside(mention, text)
+        beside = chapter_beside(mention, text)
+        other = self.by_address.get(beside.get("refuri", "")) if beside is not None else None
+        if beside is not None and other is None:
+            return {}  # a draft, where that chapter is not built along
         there = self.app.env.get_doctree(other) if other else document
         if mention.anchor in there.ids:
             return {"refuri": f"{self.address(other)}#{mention.anchor}"} if other else {"refid": mention.anchor}
@@ -161,16 +164,18 @@ class Linker:
             logger.warning("there is no %s %d on %s", mention.kind, mention.number, other or self.page, location=text)
         return {}
 
-    def chapter_beside(self, mention: Mention, text: nodes.Text) -> str | None:
-        """The chapter whose figure or table is meant, where one is linked just before or just after."""
-        place = text.parent.index(text)
-        before, after = text[: mention.start], text[mention.end :]
-        neighbour = None
-        if before.strip() in {",", "("} and place > 0:
-            neighbour = text.parent[place - 1]
-        elif after.split() == ["of"] and place + 1 < len(text.parent):
-            neighbour = text.parent[place + 1]
-        return self.by_address.get(neighbour.get("refuri", "")) if isinstance(neighbour, nodes.reference) else None
+
+def chapter_beside(mention: Mention, text: nodes.Text) -> nodes.Element | None:
+    """The link just before or just after to the chapter whose figure or table is meant; none where it is our own."""
+    place = text.parent.index(text)
+    before, after = text[: mention.start], text[mention.end :]
+    neighbour = None
+    if before.strip() in {",", "("} and place > 0:
+        neighbour = text.parent[place - 1]
+    elif after.split() == ["of"] and place + 1 < len(text.parent):
+        neighbour = text.parent[place + 1]
+    is_chapter = isinstance(neighbour, nodes.Element) and neighbour.astext().lower().startswith("chapter ")
+    return neighbour if is_chapter else None
 
 
 def fill(app: Any, document: nodes.document, page: str) -> None:

@@ -22,7 +22,8 @@ BACK = re.compile(r'<a class="viewcode-back" href="[^"#]*#([^"]+)">\[docs\]</a>'
 def description(document: nodes.document) -> str:
     """The first paragraph of a page that says something, cut at a word; formulas are left out."""
     for paragraph in document.findall(nodes.paragraph):
-        if paragraph.next_node(nodes.math) is None and len(paragraph.astext()) > 40:
+        in_text = isinstance(paragraph.parent, nodes.section)  # not in a list
+        if in_text and paragraph.next_node(nodes.math) is None and len(paragraph.astext()) > 40:
             words = " ".join(paragraph.astext().split())
             return words if len(words) <= LENGTH else words[:LENGTH].rsplit(" ", 1)[0] + " …"
     return ""
