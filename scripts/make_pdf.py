@@ -27,6 +27,8 @@ PATIENCE = 600_000  # milliseconds for the formulas, by Chromium's own clock, wh
 NOT_PRINTED = (
     "script, a.headerlink, .toctree-wrapper, button, .tag_setup, details.hide.above-input, .explorable-controls"
 )
+# As on the pages themselves: only what Sphinx marks as a formula is one.
+FORMULAS = 'window.MathJax = {options: {processHtmlClass: "tex2jax_process|mathjax_process|math|output_area"}}'
 STYLE = """
 @page { size: A4; margin: 18mm 16mm; }
 html { font-size: 10.5pt; }
@@ -93,6 +95,11 @@ def take_solutions(text: Tag) -> list[Tag]:
         folded.name = "div"
         for summary in folded.select("summary"):
             summary.decompose()
+        exercise = folded.find_previous("h3")
+        if exercise is not None:
+            heading = BeautifulSoup("<h3></h3>", "html.parser").h3
+            heading.string = exercise.get_text()  # type: ignore[union-attr]
+            folded.insert(0, heading)  # type: ignore[arg-type]
         place = BeautifulSoup("<p><em>The solution stands at the end of the book.</em></p>", "html.parser")
         folded.replace_with(place)
         taken.append(folded)
@@ -118,6 +125,7 @@ def one_page(root: Path = ROOT, html: Path = HTML) -> str:
     return (
         '<!DOCTYPE html><html lang="en" data-theme="light"><head><meta charset="utf-8" />'
         f"<title>ISOPO from scratch</title>{sheets}<style>{STYLE}</style>"
+        f"<script>{FORMULAS}</script>"
         '<script defer src="_static/mathjax/tex-chtml.js"></script></head>'
         f'<body><main class="bd-content">{"".join(body)}{"".join(solutions)}</section></main></body></html>'
     )
