@@ -83,7 +83,7 @@ def article(page: str, html: str, known: set[str]) -> Tag:
         else:
             del link["href"]  # the source code's pages are not printed
     text.name = "section"
-    text["class"] = ["page", "bd-article"]
+    text["class"] = "page bd-article"
     text["id"] = name(page)
     return text
 

@@ -1,5 +1,5 @@
 /* Tables, code and formulas that are wider than the page scroll by themselves. Here they learn to be reached with the
-   Tab key, so that arrow keys scroll them, and to say what they are; book.css shows a shadow where something is hidden. */
+   Tab key, so that arrow keys scroll them, and to say what they are; and a table fades out where more of it is hidden. */
 "use strict";
 
 const WIDE = {
@@ -8,11 +8,18 @@ const WIDE = {
   "div.math": "formula",
 };
 
+function showMore(part) {
+  part.classList.toggle("has-more", part.scrollLeft + part.clientWidth < part.scrollWidth - 1);
+}
+
 function markWideParts() {
   for (const [selector, kind] of Object.entries(WIDE)) {
     for (const part of document.querySelectorAll(`.bd-article :is(${selector})`)) {
       const wide = part.scrollWidth > part.clientWidth + 1;
-      part.classList.toggle("is-wide", wide && kind === "table");
+      if (kind === "table") {
+        showMore(part);
+        part.onscroll = () => showMore(part);
+      }
       if (wide) {
         part.tabIndex = 0;
         part.setAttribute("role", "region");
