@@ -7,7 +7,7 @@ MODELS := .venv-models
 COURSE := .venv-course
 
 .DEFAULT_GOAL := help
-.PHONY: help book pages test models course student grade autograder portable changed margins lab serve draft lint format lock clean
+.PHONY: help book pages pdf test models course student grade autograder portable changed margins lab serve draft lint format lock clean
 
 help:  ## List these commands
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -40,6 +40,11 @@ pages: $(VENV)/.axe  ## Check the built book: links, and in Chromium keyboard, c
 	@echo "Checking the built pages, with the network cut (about three minutes)"
 	$(BIN)/python scripts/check_links.py _build/html
 	PAGES=_build/html $(BIN)/python -m pytest tests/pages
+
+pdf: $(INSTALLED)  ## Print the built book with Chromium: one file, solutions at the end
+	@test -f _build/html/index.html || { echo "There is no book yet: type make book first"; exit 1; }
+	@echo "Printing the built book to _build/isopo.pdf (a few minutes)"
+	$(BIN)/python scripts/make_pdf.py
 
 test: $(INSTALLED)  ## Run all tests
 	@echo "Running the tests"

@@ -1,7 +1,8 @@
 """One look for the whole book: a method has one colour and one line style in every chapter.
 
-Only the book imports this file. Figures keep a white background in the dark theme too, because colours were
-chosen against white, and their letters stay readable when a phone shows them at half size.
+Only the book imports this file. Figures are drawn on white, so that they are right wherever a notebook is opened; on
+the book's dark pages a style sheet turns light into dark and keeps the hues. Letters stay readable when a phone shows a
+figure at half size.
 """
 
 import re
@@ -28,7 +29,7 @@ METHODS: dict[str, tuple[str, Any]] = {
     "ISOPO (Fisher)": ("#D55E00", SOLID),
     "ISOPO (NTK)": ("#009E73", SOLID),
     "ISOPO (NTK, sketched)": ("#225555", DOTTED),
-    "ISOPO (NTK, natural)": ("#AA3377", SOLID),
+    "ISOPO (NTK, natural)": ("#905184", SOLID),
     "Layer scale": ("#5566DD", DOTTED),
     "TRPO": ("#997700", DOTTED),
     "PPO": ("#EE3377", DASHED),

@@ -19,7 +19,7 @@ CONFIGURATION = """
 import sys
 sys.path.append({scripts!r})
 c = get_config()
-c.InteractiveShellApp.extensions = ["claims"]
+c.InteractiveShellApp.extensions = ["claims", "crisp_figures"]
 c.HistoryManager.enabled = False
 """
 SETUP_CELL = "setup"

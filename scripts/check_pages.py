@@ -1,4 +1,4 @@
-"""Check built pages: nothing is loaded from another host, every picture says what it shows, nothing failed quietly.
+"""Check built pages: nothing is loaded from another host, pictures say what they show, chapters are numbered right.
 
     python scripts/check_pages.py _build/html
 
@@ -63,6 +63,11 @@ LISTS = re.compile(
 CONSTANT = re.compile(rf"\b(?:const|let|var)\s+(\w{{3,}})\s*=\s*{QUOTED}")
 COMMENT = re.compile(r"(?ms)(?<![^\s;{}(,])/\*.*?\*/|(?<![^\s;{}(,])//[^\n]*")
 SCRIPT_TYPES = {"", "module", "text/javascript", "application/javascript", "text/ecmascript"}
+
+# The number of a chapter: of its file, in its title, and in a line of the sidebar.
+FILE_NUMBER = re.compile(r"0*(\d+)_.*")
+TITLE = re.compile(r'<h1>\s*(?:<span class="section-number">(\d+)\.)?')
+IN_SIDEBAR = re.compile(r'<li class="toctree-l1[^>]*><a class="[^"]*" href="([^"]+)">(?:(\d+)\.)?')
 
 
 def loaded_by_tag(tag: str, attributes: dict[str, str]) -> list[str]:
@@ -151,11 +156,22 @@ def complaints(html: str) -> list[str]:
     return page.complaints
 
 
+def number_complaints(name: str, html: str) -> list[str]:
+    """Where a page, or the sidebar on it, gives a chapter another number than its file's name begins with."""
+    titles = [(name, title[1]) for title in TITLE.finditer(html)]
+    titles += [(Path(link[1]).name, link[2]) for link in IN_SIDEBAR.finditer(html) if link[1] != "#"]
+    return [
+        f"{file} is called chapter {number or 'nothing'}, and its name says {expected or 'nothing'}"
+        for file, number in titles
+        if (expected := FILE_NUMBER.sub(r"\1", file) if FILE_NUMBER.match(file) else None) != number
+    ]
+
+
 def file_complaints(path: Path) -> list[str]:
     """What is wrong with a page, or with a style sheet or script that pages may load."""
     text = path.read_text(encoding="utf-8", errors="replace")
     if path.suffix == ".html":
-        return complaints(text)
+        return complaints(text) + number_complaints(path.name, text)
     addresses = loaded_by_style(text) if path.suffix == ".css" else loaded_by_script(text)
     return [f"loads {address}" for address in addresses]
 

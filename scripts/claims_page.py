@@ -89,13 +89,13 @@ def summary(link: Any) -> list[nodes.Node]:
     return [table(heads, [60, 15, 25], rows)] if rows else [nodes.paragraph(text=NOTHING)]
 
 
-def table(heads: list[str], widths: list[int], rows: list[list[nodes.Node]]) -> nodes.table:
+def table(heads: list[str], widths: list[int], rows: list[list[nodes.Node]], look: str = "claims") -> nodes.table:
     """A docutils table; the theme lets it scroll on its own where a screen is narrow."""
     group = nodes.tgroup(cols=len(heads))
     group += [nodes.colspec(colwidth=width) for width in widths]
     group += nodes.thead("", _row([_text(head) for head in heads]))
     group += nodes.tbody("", *[_row(row) for row in rows])
-    return nodes.table("", group, classes=["claims"])
+    return nodes.table("", group, classes=[look])
 
 
 def _row(entries: list[nodes.Node]) -> nodes.row:

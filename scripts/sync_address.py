@@ -142,7 +142,12 @@ def differing(root: Path = ROOT) -> dict[Path, str]:
     """What should stand in each file that does not yet say so."""
     address = read_address(root)
     wanted = {path: synced_notebook(path.read_text(encoding="utf-8"), address) for path in notebooks(root)}
-    others = {"README.md": synced_readme, "CITATION.cff": synced_citation, "pyproject.toml": synced_project}
+    others = {
+        "README.md": synced_readme,
+        "book/appendix/install.md": synced_readme,
+        "CITATION.cff": synced_citation,
+        "pyproject.toml": synced_project,
+    }
     for name, synced in others.items():
         if (root / name).exists():
             wanted[root / name] = synced((root / name).read_text(encoding="utf-8"), address)

@@ -113,3 +113,27 @@ def test_style_sheets_and_scripts_beside_the_pages_are_read_too(
 def test_a_book_without_its_first_page_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check_pages.main(tmp_path) == 1
     assert "no index.html" in capsys.readouterr().out
+
+
+def chapter(number: str, *sidebar: str) -> str:
+    """A page as the theme writes it, and a sidebar."""
+    lines = "".join(
+        f'<li class="toctree-l1 current active"><a class="reference internal" {line}</a>' for line in sidebar
+    )
+    return f"<ul>{lines}</ul><h1>{number}A title</h1>"
+
+
+def test_the_number_of_a_chapter_is_that_of_its_file() -> None:
+    five = '<span class="section-number">5. </span>'
+    fine = chapter(five, 'href="#">5. Here', 'href="../a/12_b.html">12. There', 'href="map.html">The map')
+    assert check_pages.number_complaints("05_a.html", fine) == []
+    assert check_pages.number_complaints("map.html", chapter("")) == []
+    assert check_pages.number_complaints("06_a.html", chapter(five)) == [
+        "06_a.html is called chapter 5, and its name says 6"
+    ]
+    assert check_pages.number_complaints("06_a.html", chapter("")) == [
+        "06_a.html is called chapter nothing, and its name says 6"
+    ]
+    assert check_pages.number_complaints("map.html", chapter("", 'href="map.html">20. The map')) == [
+        "map.html is called chapter 20, and its name says nothing"
+    ]

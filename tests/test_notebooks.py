@@ -26,7 +26,8 @@ def test_notebook_keeps_the_rules(path: Path) -> None:
 
 def test_table_of_contents_lists_exactly_the_pages_that_exist() -> None:
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    listed = [toc["root"]] + [page["file"] for part in toc["parts"] for page in part["chapters"]]
+    pages = [page for part in toc["parts"] for page in part["chapters"]]
+    listed = [toc["root"], *(below["file"] for page in pages for below in [page, *page.get("sections", [])])]
     assert len(listed) == len(set(listed))
     pages = [*NOTEBOOKS, *(ROOT / "book").rglob("*.md")]
     existing = {path.relative_to(ROOT).with_suffix("").as_posix() for path in pages}

@@ -1,6 +1,7 @@
 """One look for the book: colours that can be told apart, and pictures of policies in the right place."""
 
 import itertools
+from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.style
@@ -15,6 +16,7 @@ from isopo_mini.objectives.losses import LOSSES
 from isopo_mini.plotting import METHODS
 from isopo_mini.rules import optimizers, rule_specs
 
+ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {name: color for name, (color, _) in METHODS.items()}
 
 # Colour vision deficiencies as matrices on linear RGB, severity 1: Machado, Oliveira & Fernandes (2009), table 1.
@@ -52,11 +54,44 @@ def distance(a: str, b: str, vision: str) -> float:
     return float(np.linalg.norm(oklab(matrix @ linear_rgb(a)) - oklab(matrix @ linear_rgb(b))))
 
 
+DARK_PAGE = "#121212"
+# hue-rotate(180deg) of CSS, which keeps a colour's luma: W3C, Filter Effects Module Level 1, section 8.4.
+HALF_TURN = np.array([[-0.574, 1.430, 0.144], [0.426, 0.430, 0.144], [0.426, 1.430, -0.856]])
+
+
+def on_dark(color: str) -> str:
+    """What book.css makes of a figure's colour on a dark page: inverted, hue turned back, and the page let through."""
+    turned = (HALF_TURN @ (1 - np.array(to_rgb(color)))).clip(0, 1)
+    return to_hex(1 - (1 - turned) * (1 - np.array(to_rgb(DARK_PAGE))))
+
+
+def contrast(a: str, b: str) -> float:
+    """WCAG 2.1's ratio (L1 + .05)/(L2 + .05) of relative luminances."""
+    one, two = sorted(linear_rgb(color) @ [0.2126, 0.7152, 0.0722] for color in (a, b))
+    return float((two + 0.05) / (one + 0.05))
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_contrast_on_white(name: str) -> None:
-    """WCAG 2.1, 1.4.11: graphics need (L1 + .05)/(L2 + .05) ≥ 3 against their background."""
-    luminance = linear_rgb(COLOURS[name]) @ [0.2126, 0.7152, 0.0722]
-    assert 1.05 / (luminance + 0.05) >= 3.0
+def test_contrast_on_a_light_and_on_a_dark_page(name: str) -> None:
+    """WCAG 2.1, 1.4.11: graphics need a ratio of 3 against their background."""
+    assert contrast(COLOURS[name], "white") >= 3.0
+    assert contrast(on_dark(COLOURS[name]), DARK_PAGE) >= 3.0
+
+
+def test_the_dark_page_is_met_by_the_figures_background() -> None:
+    assert on_dark("white") == DARK_PAGE
+    assert on_dark("black") == "#ffffff"
+    style = (ROOT / "book" / "_static" / "book.css").read_text(encoding="utf-8")
+    assert "filter: invert(1) hue-rotate(180deg);\n  mix-blend-mode: screen;" in style
+
+
+def test_letters_are_readable_on_both_pages() -> None:
+    """WCAG 2.1, 1.4.3: text needs a ratio of 4.5."""
+    with mpl.rc_context():
+        plotting.use_style()
+        for key in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color"):
+            assert contrast(to_hex(mpl.rcParams[key]), "white") >= 4.5
+            assert contrast(on_dark(to_hex(mpl.rcParams[key])), DARK_PAGE) >= 4.5
 
 
 def test_the_measures_of_colour_know_black_and_white() -> None:
@@ -78,6 +113,7 @@ def test_methods_with_one_line_style_differ_in_colour_for_every_eye(vision: str)
     for (a, (color_a, style_a)), (b, (color_b, style_b)) in itertools.combinations(METHODS.items(), 2):
         if style_a == style_b:
             assert distance(color_a, color_b, vision) > 0.08, (a, b)
+            assert distance(on_dark(color_a), on_dark(color_b), vision) > 0.075, (a, b)
 
 
 def test_the_style_is_white_and_large() -> None:

@@ -18,8 +18,9 @@ from isopo_mini import Batch, engine, experiments, geometry, objectives, policie
 from isopo_mini.policies import MLP, TabularSoftmax
 from isopo_mini.tasks import ContextualBandit
 
-API_PAGE = Path(__file__).resolve().parent.parent / "book" / "appendix" / "api.md"
-PUBLIC_MODULES = re.findall(r"automodule:: (\S+)", API_PAGE.read_text(encoding="utf-8"))
+API_PAGES = sorted((Path(__file__).resolve().parent.parent / "book" / "appendix" / "api").glob("*.md"))
+API = "\n".join(page.read_text(encoding="utf-8") for page in API_PAGES)
+PUBLIC_MODULES = re.findall(r"automodule:: (\S+)", API)
 
 # What may be called, and the arguments in their order. More may follow if they have defaults.
 CONTRACT: dict[str, str] = {

@@ -1,0 +1,40 @@
+/* Tables, code and formulas that are wider than the page scroll by themselves. Here they learn to be reached with the
+   Tab key, so that arrow keys scroll them, and to say what they are; and a table fades out where more of it is hidden. */
+"use strict";
+
+const WIDE = {
+  ".pst-scrollable-table-container, .cell_output .text_html": "table",
+  "div.highlight pre": "code",
+  "div.math": "formula",
+};
+
+function showMore(part) {
+  part.classList.toggle("has-more", part.scrollLeft + part.clientWidth < part.scrollWidth - 1);
+}
+
+function markWideParts() {
+  for (const [selector, kind] of Object.entries(WIDE)) {
+    for (const part of document.querySelectorAll(`.bd-article :is(${selector})`)) {
+      const wide = part.scrollWidth > part.clientWidth + 1;
+      if (kind === "table") {
+        showMore(part);
+        part.onscroll = () => showMore(part);
+      }
+      if (wide) {
+        part.tabIndex = 0;
+        part.setAttribute("role", "region");
+        part.setAttribute("aria-label", `${kind}, scrolls sideways`);
+      } else {
+        part.removeAttribute("tabindex");
+        part.removeAttribute("role");
+        part.removeAttribute("aria-label");
+      }
+    }
+  }
+}
+
+window.addEventListener("load", () => {
+  markWideParts();
+  // Formulas are set, and folded parts opened, after the page has loaded.
+  new ResizeObserver(markWideParts).observe(document.querySelector(".bd-article") || document.body);
+});
