@@ -175,7 +175,7 @@ def test_bibliography_has_no_entry_twice_and_the_references_explain_each() -> No
 
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
-    """A repository with the branch `main` and the tag `v0.1.0`, each with a file that says so."""
+    """A repository with the tag `v0.1.0` and the branch `main`, each with a file that says so, and a branch `a/course`."""
     folder = tmp_path / "published"
     folder.mkdir()
 
@@ -190,6 +190,7 @@ def published(tmp_path: Path) -> Path:
         git("commit", "--quiet", "-m", name)
         if name == "tag":
             git("tag", "v0.1.0")
+    git("branch", "a/course")
     return folder
 
 
@@ -223,11 +224,13 @@ def test_the_setup_cell_does_nothing_here(monkeypatch: pytest.MonkeyPatch) -> No
     exec(sync_address.read_address(ROOT).setup_cell, {})
 
 
-@pytest.mark.parametrize(("tag", "which"), [("v0.1.0", "tag"), ("v9.9.9", "main")])
+@pytest.mark.parametrize(
+    ("tag", "branch", "which"), [("v0.1.0", "main", "tag"), ("v9.9.9", "main", "main"), ("v9.9.9", "a/course", "main")]
+)
 def test_the_setup_cell_fetches_the_release_or_else_the_branch(
-    tag: str, which: str, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tag: str, branch: str, which: str, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert Fetch(tmp_path / "here", monkeypatch).by(published.as_uri(), tag, "main") == which
+    assert Fetch(tmp_path / "here", monkeypatch).by(published.as_uri(), tag, branch) == which
 
 
 def test_the_setup_cell_fetches_the_records_of_a_package_that_came_without(
