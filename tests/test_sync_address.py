@@ -6,10 +6,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import lock
 import pytest
 import sync_address
 import yaml
@@ -128,24 +126,6 @@ def test_interrupted_it_leaves_the_old_file(fails: str, fork: Path, monkeypatch:
     with pytest.raises(KeyboardInterrupt):
         sync_address.main([], fork)
     assert contents(fork) == before
-
-
-LOCKS = {"requirements.txt": lock.BOOK, "requirements-models.txt": lock.MODELS}
-
-
-def test_the_lock_is_written_whole_and_twice_is_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "ROOT", tmp_path)
-    monkeypatch.setattr(lock, "requirements", lambda: {name: ["numpy"] for name in LOCKS})
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="numpy==2.0.0\n"))
-    expected = {tmp_path / name: (header + "numpy==2.0.0\n").encode() for name, header in LOCKS.items()}
-    for _ in range(2):
-        lock.main([])
-        assert contents(tmp_path) == expected
-    monkeypatch.setattr(os, "replace", interrupt)
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="numpy==3.0.0\n"))
-    with pytest.raises(KeyboardInterrupt):
-        lock.main(["requirements.txt"])
-    assert contents(tmp_path) == expected
 
 
 def test_a_script_of_its_own_can_write_whole_files(tmp_path: Path) -> None:
