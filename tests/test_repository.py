@@ -131,6 +131,25 @@ def test_workflow_can_be_read(path: Path) -> None:
     for job in workflow["jobs"].values():
         assert job["timeout-minutes"] <= 60
         assert all(("uses" in step) != ("run" in step) for step in job["steps"])
+        for step in job["steps"]:
+            if "run" in step and "windows" not in job["runs-on"]:
+                subprocess.run(["bash", "-n"], input=step["run"], text=True, check=True)
+            if "run" in step:  # what it names must be there
+                named = re.findall(r"(?<![\w/])(?:scripts|tests)[/\w]+(?:\.py)?", step["run"])
+                assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_dependabot_can_be_read() -> None:
+    config = yaml.safe_load((ROOT / ".github" / "dependabot.yml").read_text(encoding="utf-8"))
+    assert config["version"] == 2
+    assert {update["package-ecosystem"] for update in config["updates"]} == {"github-actions", "pip"}
+
+
+def test_a_windows_user_types_no_path_of_another_system() -> None:
+    """`.venv/bin` is nowhere on Windows; where it is written, the line says for which systems."""
+    for name in ("README.md", "CONTRIBUTING.md", "book/teaching/how_to_teach.md", ".github/workflows/windows.yml"):
+        for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
+            assert ".venv/bin" not in line or "Windows" in line or "Linux and macOS" in line, line
 
 
 def test_nothing_opaque_is_tracked_and_files_stay_short() -> None:
