@@ -7,7 +7,7 @@ MODELS := .venv-models
 COURSE := .venv-course
 
 .DEFAULT_GOAL := help
-.PHONY: help book pages pdf test models course student grade autograder portable changed margins lab serve draft lint format lock clean
+.PHONY: help book pages pdf test models course student grade autograder portable changed margins lab serve draft lint format lock release clean
 
 help:  ## List these commands
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -104,7 +104,7 @@ margins: $(INSTALLED)  ## Run every chapter with four sets of seeds: by how much
 
 lab: $(INSTALLED)  ## Open the chapters in JupyterLab
 	@echo "Starting JupyterLab on book/ (stop it with Ctrl-C)"
-	$(BIN)/jupyter lab --notebook-dir=book
+	$(BIN)/python -m jupyterlab --notebook-dir=book
 
 serve:  ## Show the built book in a browser
 	@test -f _build/html/index.html || { echo "There is no book yet: type make book first"; exit 1; }
@@ -118,22 +118,26 @@ draft: $(INSTALLED)  ## Build one chapter quickly: make draft CHAPTER=book/found
 
 lint: $(INSTALLED)  ## Check style, types, notebooks and the project's address
 	@echo "Checking style, types, notebooks and the project's address"
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 	$(BIN)/python scripts/check_notebooks.py
 	$(BIN)/python scripts/sync_address.py --check
 
 format: $(INSTALLED)  ## Put code and notebooks into their standard form
 	@echo "Formatting code and notebooks"
-	$(BIN)/ruff check --fix-only --quiet .
-	$(BIN)/ruff format --quiet .
+	$(BIN)/python -m ruff check --fix-only --quiet .
+	$(BIN)/python -m ruff format --quiet .
 	$(BIN)/python scripts/check_notebooks.py --fix
 	$(BIN)/python scripts/sync_address.py
 
 lock:  ## Renew requirements.txt from pyproject.toml in a throwaway environment
 	@echo "Resolving pyproject.toml in a throwaway environment (a few minutes)"
 	$(PYTHON) scripts/lock.py
+
+release: $(INSTALLED)  ## May this state be released? Says what is wrong, and what a person must still do
+	@echo "Checking the last commit for a release (half an hour: README's commands run in a fresh clone)"
+	$(BIN)/python scripts/release.py
 
 clean:  ## Remove the built book and all caches; .venv stays
 	@echo "Removing _build and caches"

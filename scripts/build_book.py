@@ -73,7 +73,7 @@ def build(root: Path = ROOT, jobs: int | None = None, options: Sequence[str] = (
     with (
         chapter_records.listening(records) as environment,
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=root, env=environment
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", cwd=root, env=environment
         ) as process,
     ):
         for line in process.stdout or ():
@@ -89,5 +89,11 @@ def build(root: Path = ROOT, jobs: int | None = None, options: Sequence[str] = (
     return process.returncode
 
 
+def say_what_the_screen_can() -> None:
+    """Where output goes to a file on Windows, λ cannot be written; a question mark instead is no reason to stop."""
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+
+
 if __name__ == "__main__":
+    say_what_the_screen_can()
     sys.exit(build())

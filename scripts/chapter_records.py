@@ -35,7 +35,8 @@ def listening(records: Path, **settings: str) -> Iterator[dict[str, str]]:
         profile = Path(folder) / "profile_default"
         profile.mkdir()
         (profile / "ipython_kernel_config.py").write_text(CONFIGURATION.format(scripts=str(SCRIPTS)), encoding="utf-8")
-        yield os.environ | {"IPYTHONDIR": folder, "CLAIMS_RECORDS": str(records)} | settings
+        told = {"IPYTHONDIR": folder, "CLAIMS_RECORDS": str(records), "PYTHONIOENCODING": "utf-8"}
+        yield os.environ | told | settings
 
 
 def chapters(root: Path = ROOT) -> list[Path]:

@@ -59,7 +59,7 @@ def execute(chapter: Path, setting: Setting, root: Path = ROOT) -> list[Record]:
     extra = {"CLAIMS_SURVEY": "1", "CLAIMS_SHIFT": str(setting.shift), "TQDM_DISABLE": "1", **setting.environment}
     command = [sys.executable, "-c", EXECUTE, "--kernel_name=python3", f"--timeout={CELL_SECONDS}", str(chapter)]
     with tempfile.TemporaryDirectory() as folder, listening(Path(folder), **extra) as environment:
-        finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        finished = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False)
         records = read(Path(folder), root)
     if finished.returncode and not any("error" in record for record in records):
         # The kernel itself has died, or a cell took too long.

@@ -19,6 +19,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import build_book
 import numpy as np
 import pandas as pd
 from chapter_records import ROOT, Record, chapters, failure_report
@@ -93,7 +94,9 @@ def changed(root: Path = ROOT) -> tuple[list[Path], Setting]:
     """
 
     def git(*words: str) -> list[str]:
-        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False).stdout.split()
+        command = ["git", *words]
+        found = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8", check=False)
+        return found.stdout.split()
 
     every, tag = chapters(root / "book"), git("describe", "--tags", "--abbrev=0")
     number = int((git("rev-list", "--count", "HEAD") or ["0"])[0])
@@ -172,4 +175,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    build_book.say_what_the_screen_can()
     sys.exit(main())

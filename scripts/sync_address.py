@@ -118,7 +118,8 @@ def synced_readme(text: str, address: Address) -> str:
     text = re.sub(r"git clone \S+", f"git clone {address.url}", text)
     text = re.sub(r"git\+https?://[^\s\"'`]+", f"git+{address.url}@{address.tag}", text)
     return re.sub(
-        r"https://colab\.research\.google\.com/github/[^/\s]+/[^/\s]+/blob/[^/\s]+/([^\s)\"]+)",
+        # A branch may have slashes; the path of a notebook begins with book/.
+        r"https://colab\.research\.google\.com/github/[^/\s]+/[^/\s]+/blob/[^\s)\"]+?/(book/[^\s)\"]+)",
         lambda match: address.colab(match.group(1)),
         text,
     )

@@ -47,6 +47,23 @@ def test_so_do_the_chapters() -> None:
                 assert unspecified(source) == [], (path.name, cell["id"])
 
 
+def undecoded(source: str) -> list[str]:
+    """Calls that read another program's text in the machine's own encoding."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        given = {each.arg: ast.unparse(each.value) for each in node.keywords} if isinstance(node, ast.Call) else {}
+        if "True" in (given.get("text"), given.get("universal_newlines")) and "encoding" not in given:
+            found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize("room", ["isopo_mini", "scripts", "benchmarks"])
+def test_what_other_programs_print_is_decoded_as_said(room: str) -> None:
+    assert undecoded("subprocess.run(a, text=True)") == ["subprocess.run(a, text=True)"]
+    for path in (ROOT / room).rglob("*.py"):
+        assert undecoded(path.read_text(encoding="utf-8")) == [], path
+
+
 def test_a_call_without_is_noticed() -> None:
     assert unspecified("Path('a').read_text()") == ["Path('a').read_text()"]
     assert unspecified("open('a', 'w')") == ["open('a', 'w')"]
@@ -80,3 +97,25 @@ def test_an_experiment_in_another_locale(tmp_path: Path) -> None:
     ]
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert (tmp_path / "out" / "records.jsonl").exists()
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_build_whose_output_goes_to_a_file_of_another_encoding(encoding: str, tmp_path: Path) -> None:
+    """As on Windows: λ is no letter there. The failing claim is told with a question mark, and nothing is raised."""
+    claim = {"cell_type": "code", "id": "a", "metadata": {}, "outputs": [], "execution_count": None}
+    claim["source"] = "λ = 2\nassert λ < 1, 'λ is small'"
+    title = {"cell_type": "markdown", "id": "t", "metadata": {}, "source": "# ρ"}
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    notebook = {"cells": [title, claim], "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
+    (tmp_path / "page.ipynb").write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: page\n", encoding="utf-8")
+    (tmp_path / "_config.yml").write_text("execute: {execute_notebooks: force}\n", encoding="utf-8")
+    environment = os.environ | {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    environment |= {"PYTHONIOENCODING": encoding, "PYTHONPATH": f"{ROOT / 'scripts'}{os.pathsep}{ROOT}"}
+    program = "import build_book, pathlib, sys; build_book.say_what_the_screen_can(); "
+    program += "sys.exit(build_book.build(pathlib.Path(sys.argv[1]), jobs=1))"
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, capture_output=True)
+    assert done.returncode == 1, done.stderr.decode(encoding)
+    told = done.stdout.decode(encoding)
+    assert "> assert ? < 1, '? is small'" in told
+    assert "left side:  2" in told

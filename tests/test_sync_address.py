@@ -6,10 +6,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import lock
 import pytest
 import sync_address
 import yaml
@@ -59,10 +57,10 @@ def fork(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def state(folder: Path, url: str) -> None:
+def state(folder: Path, url: str, branch: str = "main") -> None:
     """Say in `_config.yml` where the project is."""
     (folder / "_config.yml").write_text(
-        yaml.safe_dump({"repository": {"url": url, "branch": "main"}}), encoding="utf-8"
+        yaml.safe_dump({"repository": {"url": url, "branch": branch}}), encoding="utf-8"
     )
 
 
@@ -81,6 +79,20 @@ def test_twice_is_once(fork: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.count("written") == 4  # by the first time only
     assert sync_address.main(["--check"], fork) == 0
     assert b"github.com/me/fork" in states[0][fork / "book" / "index.ipynb"]
+
+
+@pytest.mark.parametrize("branch", ["course/2027", "book/2027", "a/b/c"])
+def test_a_branch_may_have_slashes(branch: str, fork: Path) -> None:
+    """A pattern that takes the branch for one word would put the rest of it into the path, again each time."""
+    state(fork, "https://github.com/me/fork", branch)
+    for _ in range(2):
+        assert sync_address.main([], fork) == 0
+    link = f"https://colab.research.google.com/github/me/fork/blob/{branch}/book/index.ipynb)"
+    assert (fork / "README.md").read_text(encoding="utf-8").count(link) == 1
+    assert f', \\"{branch}\\"):' in (fork / "book" / "index.ipynb").read_text(encoding="utf-8")  # the setup cell
+    state(fork, "https://github.com/me/fork", "main")
+    assert sync_address.main([], fork) == 0
+    assert branch not in (fork / "README.md").read_text(encoding="utf-8")
 
 
 def test_an_address_that_is_none_is_said_and_changes_nothing(fork: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,24 +126,6 @@ def test_interrupted_it_leaves_the_old_file(fails: str, fork: Path, monkeypatch:
     with pytest.raises(KeyboardInterrupt):
         sync_address.main([], fork)
     assert contents(fork) == before
-
-
-LOCKS = {"requirements.txt": lock.BOOK, "requirements-models.txt": lock.MODELS}
-
-
-def test_the_lock_is_written_whole_and_twice_is_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "ROOT", tmp_path)
-    monkeypatch.setattr(lock, "requirements", lambda: {name: ["numpy"] for name in LOCKS})
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="numpy==2.0.0\n"))
-    expected = {tmp_path / name: (header + "numpy==2.0.0\n").encode() for name, header in LOCKS.items()}
-    for _ in range(2):
-        lock.main([])
-        assert contents(tmp_path) == expected
-    monkeypatch.setattr(os, "replace", interrupt)
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="numpy==3.0.0\n"))
-    with pytest.raises(KeyboardInterrupt):
-        lock.main(["requirements.txt"])
-    assert contents(tmp_path) == expected
 
 
 def test_a_script_of_its_own_can_write_whole_files(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def _git(folder: Path, *arguments: str) -> str:
     """The output of a git command about the repository that holds a folder."""
     environment = {name: value for name, value in os.environ.items() if name not in _OTHERS}
     result = subprocess.run(
-        ["git", *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=True
+        ["git", *arguments], cwd=folder, env=environment, capture_output=True, encoding="utf-8", check=True
     )
     return result.stdout.strip()
 

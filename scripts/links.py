@@ -1,0 +1,53 @@
+"""Does every link that leads out of the book still lead somewhere? Once a week a workflow asks.
+
+    python scripts/links.py
+
+This is Sphinx's `linkcheck` on the pages as they are written, without running a cell. It needs the network, so it is no
+part of the build. A page that has moved is shown; one that is gone fails.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import build_book
+import sync_address
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = {
+    "linkcheck_anchors": False,  # pages that a program puts together have theirs late
+    "linkcheck_timeout": 30,
+    "linkcheck_retries": 3,
+    "linkcheck_workers": 4,
+    # A DOI stays by definition; the publisher's page behind it often answers no program.
+    "linkcheck_ignore": [r"https://doi\.org/"],
+}
+
+
+def configuration(root: Path) -> dict:
+    """The book's own, without execution; links to a project that has no address yet are let through."""
+    config = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))
+    config["execute"] = {"execute_notebooks": "off"}
+    sphinx = config.setdefault("sphinx", {})
+    local = sphinx.get("local_extensions") or {}  # their folders are relative to the configuration, which moves
+    sphinx["local_extensions"] = {name: str((root / where).resolve()) for name, where in local.items()}
+    url = sync_address.read_address(root).url if root == ROOT else ""
+    unpublished = [re.escape(url)] if "/OWNER/" in url else []
+    ignored = [*SETTINGS["linkcheck_ignore"], *unpublished]  # type: ignore[misc]
+    sphinx["config"] = {**(sphinx.get("config") or {}), **SETTINGS, "linkcheck_ignore": ignored}
+    return config
+
+
+def check(root: Path = ROOT) -> int:
+    """Follow the links of the book under `root`; 0 when all lead somewhere."""
+    folder = root / "_build" / "links"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "_config.yml").write_text(yaml.safe_dump(configuration(root)), encoding="utf-8")
+    options = ["--builder", "linkcheck", "--config", str(folder / "_config.yml"), "--path-output", str(folder)]
+    return build_book.build(root, options=options, records=folder / "claims")
+
+
+if __name__ == "__main__":
+    build_book.say_what_the_screen_can()
+    sys.exit(check())
