@@ -134,6 +134,8 @@ CARTPOLE_DAMPING = {f"npg:damping={damping}": Family("whole Fisher", ENDS) for d
 for unit, damping in (("step", 1), ("step", 300), ("sequence", 1), ("sequence", 20)):
     CARTPOLE_DAMPING[f"ntk:damping={damping},unit={unit}"] = Family("ntk", ("adamw",))
     CARTPOLE_DAMPING[f"ntk:damping={damping},unit={unit},scale=natural"] = Family("natural", ("sgd",))
+# Beside `cartpole`: the Fisher matrix of one sampled score (chapter 15).
+CARTPOLE_RANK_ONE = {"rank_one:damping=0.1|1": Family("whole Fisher", ENDS)}
 # The other two tasks: what addition left in front, and what it is compared with. Under AdamW and Muon the two scales
 # of the NTK are one rule, so each scale gets the optimizers that suit it.
 OTHER_TASKS = {
@@ -234,6 +236,7 @@ GRIDS = {
     "bandit_context_baseline": Grid("bandit", with_advantages(BANDIT, "leave_one_out"), BANDIT_OPTIONS, SMALL_NETWORK),
     "cartpole": Grid("cartpole", CARTPOLE, CARTPOLE_OPTIONS, SMALL_NETWORK),
     "cartpole_damping": Grid("cartpole", CARTPOLE_DAMPING, CARTPOLE_OPTIONS, SMALL_NETWORK, EVERY),
+    "cartpole_rank_one": Grid("cartpole", CARTPOLE_RANK_ONE, CARTPOLE_OPTIONS, SMALL_NETWORK),
     "addition_60": Grid("addition", TOKENS, OPTIONS, TRANSFORMER, BEST + ATTRIBUTION),
     "addition_60_more": Grid("addition", MORE_TOKENS, OPTIONS, TRANSFORMER),
     "addition_60_clip": Grid("addition", CLIPS, OPTIONS, TRANSFORMER),
