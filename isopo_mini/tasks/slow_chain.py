@@ -18,6 +18,7 @@ so that 2H rows describe the whole process: row 0 is the end, row s a level, row
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -71,7 +72,7 @@ class SlowChain:
         if self.discount >= 1:
             raise ValueError(f"discount: expected a number < 1, got {self.discount}")
 
-    @property
+    @cached_property
     def thresholds(self) -> Float[np.ndarray, "thresholds"]:
         """τ_s at index s; level s is learned when V(s) is at least that."""
         return 0.5 * self.discount ** (2 * np.arange(self.levels + 1) / 3)
@@ -81,14 +82,14 @@ class SlowChain:
         """How many states there are: 1 + 2M + (2H − 3)(1 + M)."""
         return 1 + 2 * self.copies + (2 * self.levels - 3) * (1 + self.copies)
 
-    @property
+    @cached_property
     def multiplicity(self) -> Float[np.ndarray, "rows"]:
         """How many states a row stands for, boosters not counted: M for levels 1 and 2, else 1."""
         many = np.ones(2 * self.levels)
         many[[1, 2]] = self.copies
         return many
 
-    @property
+    @cached_property
     def exists(self) -> Bool[np.ndarray, "rows 3"]:
         """Which actions there are."""
         there = np.zeros((2 * self.levels, 3), dtype=bool)
@@ -97,7 +98,7 @@ class SlowChain:
         there[3 : self.levels + 1, GAMBLE] = self.gamble
         return there
 
-    @property
+    @cached_property
     def start(self) -> Float[np.ndarray, "rows"]:
         """Where the first step begins, in rows; what starts in a booster counts γ in the row that it leads to."""
         start = np.full(2 * self.levels, 1 + self.discount * self.copies)
@@ -112,13 +113,13 @@ class SlowChain:
         size, p = 2 * levels, 0.3 * (1 - gamma)
         transitions, rewards = np.zeros((size, 3, size)), np.zeros((size, 3))
         transitions[:, :, 0] = 1  # what is not said below ends
-        leads = np.eye(size)
+        leads, tau = np.eye(size), self.thresholds
         for s in range(1, levels):
             rewards[s, :GAMBLE] = -(gamma ** (2 * s)), gamma ** (2 * s)
-            rewards[levels + s, EXIT] = gamma * self.thresholds[s]
+            rewards[levels + s, EXIT] = gamma * tau[s]
             transitions[levels + s, FORWARD] = leads[s]
         for s in range(3, levels + 1):
-            rewards[s] = self._exit_reward(s), 0, self._gamble_reward(s)
+            rewards[s] = self._exit_rewards[s], 0, self._gamble_rewards[s]
             transitions[s, FORWARD] = leads[levels + s - 1]
             transitions[s, GAMBLE] = p * leads[levels + s - 2] + (1 - p) * leads[0]
         tensors = map(torch.from_numpy, (transitions, rewards, self.start))
@@ -159,14 +160,17 @@ class SlowChain:
         advantages = (differences @ probs[:, :, None])[:, :, 0]  # Σ_b π_b (Q_a − Q_b)
         return Rows(probs, values, self._visits(pi), advantages)
 
-    def _exit_reward(self, s: int) -> float:
-        """r_s and what the gamble is worth on average when the gate exits."""
-        p = 0.3 * (1 - self.discount)
-        return self._gamble_reward(s) + self.discount**2 * p * float(self.thresholds[s - 2])
+    @cached_property
+    def _gamble_rewards(self) -> list[float]:
+        """r_s at index s."""
+        return (0.5 * self.discount ** (2 * np.arange(self.levels + 1) / 3 + 5 / 6)).tolist()
 
-    def _gamble_reward(self, s: int) -> float:
-        """r_s."""
-        return 0.5 * self.discount ** (2 * s / 3 + 5 / 6)
+    @cached_property
+    def _exit_rewards(self) -> list[float]:
+        """At s ≥ 3: r_s and what the gamble is worth on average when its gate exits."""
+        p = 0.3 * (1 - self.discount)
+        later = self.discount**2 * p * np.r_[0, 0, self.thresholds[:-2]]
+        return (self._gamble_rewards + later).tolist()
 
     def _values(self, pi: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
         """V, `(2H,)`, and Q − Q(exit), `(2H, 3)`, from the first level up."""
@@ -177,7 +181,7 @@ class SlowChain:
             if s < 3:
                 exit_value, forward, gamble = -(gamma ** (2 * s)), 2 * gamma ** (2 * s), 0.0
             else:
-                exit_value = self._exit_reward(s)
+                exit_value = self._exit_rewards[s]
                 forward = gamma * values[levels + s - 1] - exit_value
                 gamble = gamma**2 * p * pi[levels + s - 2][FORWARD] * (values[s - 2] - tau[s - 2])
             over_exit[s] = [0.0, forward, gamble]

@@ -15,7 +15,8 @@ from isopo_mini.tasks.bandit import ContextualBandit
 def of_batch(sequences: int = 12) -> tuple[MLP, Batch]:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
-    bandit = ContextualBandit(torch.randn(3, 4, generator=generator), torch.randn(3, 5, generator=generator))
+    features = torch.randn(3, 4, generator=generator).double()
+    bandit = ContextualBandit(torch.randn(3, 5, generator=generator).double(), features=features)
     policy = MLP(4, 5, (6,)).double()
     return policy, bandit.sample(policy, sequences, generator)
 
@@ -42,7 +43,10 @@ def test_it_is_the_dense_solve_with_one_score(damping: float) -> None:
 
 def test_every_unit_is_drawn_alike_often() -> None:
     """Over 600 steps that change nothing each of four scores is used about 150 times."""
-    policy, batch = of_batch(4)
+    policy, batch = of_batch(40)
+    pairs = torch.stack([batch.groups, batch.actions[:, 0]], dim=1).unique(dim=0)[:4]  # four that differ
+    index = [next(s for s in range(40) if (batch.groups[s], batch.actions[s, 0]) == tuple(pair)) for pair in pairs]
+    batch = batch.select(torch.tensor(index))
     scores = fisher.score_matrix(policy, batch.observations, batch.actions, batch.mask)
     rule = RankOneNaturalGradient(0.1, advantages=given_advantages)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
