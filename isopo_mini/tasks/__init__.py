@@ -10,6 +10,7 @@ from isopo_mini.tasks.lqr import LinearQuadratic
 from isopo_mini.tasks.lqr_minimum import local_minimum
 from isopo_mini.tasks.mdp import MDP, npg_step
 from isopo_mini.tasks.mdp_instances import random_mdp
+from isopo_mini.tasks.mdp_rollouts import sample_action_values
 from isopo_mini.tasks.occupancy import solve_linear_program
 from isopo_mini.tasks.pendulum import Pendulum
 from isopo_mini.tasks.reasoning import ReasoningTask
@@ -42,6 +43,7 @@ __all__ = [
     "occupancy",
     "pendulum",
     "random_mdp",
+    "sample_action_values",
     "slow_chain",
     "solve_linear_program",
     "token_task",
