@@ -1,9 +1,9 @@
 """One batch, one change of the policy: every rule has `step(policy, batch, optimizer)` and returns metrics.
 
-`one_step` has REINFORCE, the natural gradient and the two variants of ISOPO, `old_policy` the clipped losses and TRPO;
-both are made of `rule_parts`. `kl_steps` makes the steps of any of them as long as a given KL. `rule_specs` names rules
-in a line of text, `optimizers` the optimizers and their step sizes. A policy whose log-probabilities are random is
-refused by `repeatable`.
+`one_step` has REINFORCE, the natural gradient and the two variants of ISOPO, `old_policy` the clipped losses and TRPO,
+`rank_one` the natural gradient of one sampled score; all are made of `rule_parts`. `kl_steps` makes the steps of any of
+them as long as a given KL. `rule_specs` names rules in a line of text, `optimizers` the optimizers and their step
+sizes. A policy whose log-probabilities are random is refused by `repeatable`.
 """
 
 from isopo_mini.rules.kl_steps import KLTargeted
@@ -17,6 +17,7 @@ from isopo_mini.rules.one_step import (
     NtkIsopo,
     Reinforce,
 )
+from isopo_mini.rules.rank_one import RankOneNaturalGradient
 from isopo_mini.rules.rule_parts import batch_advantages, centred_advantages, standardised_advantages
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "LayerwiseIsopo",
     "NaturalGradient",
     "NtkIsopo",
+    "RankOneNaturalGradient",
     "Reinforce",
     "TrustRegion",
     "batch_advantages",

@@ -34,6 +34,7 @@ from isopo_mini.rules.one_step import (
     Reinforce,
 )
 from isopo_mini.rules.protocol import UpdateRule
+from isopo_mini.rules.rank_one import RankOneNaturalGradient
 from isopo_mini.rules.rule_parts import Advantages, with_entropy
 
 
@@ -68,6 +69,7 @@ RULES: dict[str, NamedRule] = {
     "ntk": NamedRule(NtkIsopo, {}),
     "exact_fisher": NamedRule(ExactFisherIsopo, {}),
     "npg": NamedRule(NaturalGradient, {"solver": "cg", "damping": 0.1, "max_iterations": 20, "tolerance": 1e-3}),
+    "rank_one": NamedRule(RankOneNaturalGradient, {}),
     "trpo": NamedRule(TrustRegion, {}, by_step=True, step_size="max_kl"),
     "ppo": _surrogate("ppo", by_step=True),
     "grpo": _surrogate("grpo", "std"),

@@ -3,16 +3,18 @@
 `isopo_mini.tasks.warm_start`, which is also a command, is imported by name.
 """
 
-from isopo_mini.tasks import bandit, cartpole, lqr, mdp, occupancy, pendulum, token_task, tokens
+from isopo_mini.tasks import bandit, cartpole, lqr, mdp, occupancy, pendulum, slow_chain, token_task, tokens
 from isopo_mini.tasks.bandit import Bandit, ContextualBandit
 from isopo_mini.tasks.cartpole import CartPole, Episodes
 from isopo_mini.tasks.lqr import LinearQuadratic
 from isopo_mini.tasks.lqr_minimum import local_minimum
 from isopo_mini.tasks.mdp import MDP, npg_step
 from isopo_mini.tasks.mdp_instances import random_mdp
+from isopo_mini.tasks.mdp_rollouts import sample_action_values
 from isopo_mini.tasks.occupancy import solve_linear_program
 from isopo_mini.tasks.pendulum import Pendulum
 from isopo_mini.tasks.reasoning import ReasoningTask
+from isopo_mini.tasks.slow_chain import SlowChain
 from isopo_mini.tasks.token_task import TokenTask
 from isopo_mini.tasks.tokens import Addition, Brackets, ModularArithmetic, Sorting, make_task
 
@@ -28,6 +30,7 @@ __all__ = [
     "ModularArithmetic",
     "Pendulum",
     "ReasoningTask",
+    "SlowChain",
     "Sorting",
     "TokenTask",
     "bandit",
@@ -40,6 +43,8 @@ __all__ = [
     "occupancy",
     "pendulum",
     "random_mdp",
+    "sample_action_values",
+    "slow_chain",
     "solve_linear_program",
     "token_task",
     "tokens",
