@@ -9,6 +9,7 @@ from isopo_mini.tasks.cartpole import CartPole, Episodes
 from isopo_mini.tasks.lqr import LinearQuadratic
 from isopo_mini.tasks.lqr_minimum import local_minimum
 from isopo_mini.tasks.mdp import MDP, npg_step
+from isopo_mini.tasks.mdp_evaluation import evaluate_many
 from isopo_mini.tasks.mdp_instances import random_mdp
 from isopo_mini.tasks.occupancy import solve_linear_program
 from isopo_mini.tasks.pendulum import Pendulum
@@ -32,6 +33,7 @@ __all__ = [
     "TokenTask",
     "bandit",
     "cartpole",
+    "evaluate_many",
     "local_minimum",
     "lqr",
     "make_task",
