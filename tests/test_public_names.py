@@ -72,6 +72,7 @@ CONTRACT: dict[str, str] = {
     "objectives.values.episode_advantages": "discount trace_decay",
     "tasks.bandit.ContextualBandit.sample": "self policy num_sequences generator",
     "tasks.bandit.ContextualBandit.evaluate": "self policy",
+    "tasks.evaluate_many": "transitions probs rewards discount",
     "tasks.local_minimum": "system gain max_steps tolerance",
     "tasks.solve_linear_program": "mdp constraints",
     "tasks.cartpole.CartPole": "max_steps",

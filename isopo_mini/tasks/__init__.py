@@ -9,6 +9,7 @@ from isopo_mini.tasks.cartpole import CartPole, Episodes
 from isopo_mini.tasks.lqr import LinearQuadratic
 from isopo_mini.tasks.lqr_minimum import local_minimum
 from isopo_mini.tasks.mdp import MDP, npg_step
+from isopo_mini.tasks.mdp_evaluation import evaluate_many
 from isopo_mini.tasks.mdp_instances import random_mdp
 from isopo_mini.tasks.mdp_rollouts import sample_action_values
 from isopo_mini.tasks.occupancy import solve_linear_program
@@ -35,6 +36,7 @@ __all__ = [
     "TokenTask",
     "bandit",
     "cartpole",
+    "evaluate_many",
     "local_minimum",
     "lqr",
     "make_task",

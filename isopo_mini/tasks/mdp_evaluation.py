@@ -1,5 +1,7 @@
 """What a given policy earns and visits in a finite process, by linear systems: the part of `MDP` without a choice."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -163,3 +165,60 @@ class Evaluation:
         """
         blocks = softmax_fisher(self._checked(probs))  # (S, A, A)
         return torch.block_diag(*(self.visitation(probs)[:, None, None] * blocks))
+
+
+def evaluate_many(
+    transitions: Float[Tensor, "... S A S"],
+    probs: Float[Tensor, "... S A"],
+    rewards: Float[Tensor, "... m S A"],
+    *,
+    discount: float,
+) -> tuple[Float[Tensor, "... m"], Float[Tensor, "... m S A"]]:
+    """J and Q of many policies in many processes of one size, at once: for loops of thousands of exact steps.
+
+    What `MDP.expected_return` and `MDP.action_values` give one policy and one reward at a time. Rows of `probs` are
+    taken as they are, of any sum, and the first state is drawn uniformly.
+
+    Args:
+        transitions: P(s'|s, a).
+        probs: π(a|s).
+        rewards: m rewards r(s, a) of each process.
+        discount: γ, at least 0 and below 1.
+
+    Returns:
+        J = mean_s V(s), `(..., m)`, and Q = r + γPV, `(..., m, S, A)`, in float64. Leading axes are broadcast.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: shapes disagree, a number is not finite, or γ is out of range.
+    """
+    sizes: dict[str, int] = {}
+    arguments = (
+        ("transitions", transitions, "... S A S"),
+        ("probs", probs, "... S A"),
+        ("rewards", rewards, "... m S A"),
+    )
+    for name, tensor, shape in arguments:
+        sizes = checks.require_shape(name, tensor, shape, sizes)
+        checks.require_floating(name, tensor)
+        checks.require_same_device(name, tensor, "transitions", transitions)
+    checks.require_at_least("discount", discount, 0)
+    if discount >= 1:
+        raise ValueError(f"discount: expected a number < 1, got {discount}")
+    leading = transitions.shape[:-3], probs.shape[:-2], rewards.shape[:-3]
+    try:
+        torch.broadcast_shapes(*leading)
+    except RuntimeError as error:
+        named = ", ".join(str(tuple(axes)) for axes in leading)
+        raise ValueError(f"transitions, probs, rewards: expected leading axes that broadcast, got {named}") from error
+    transitions, probs, rewards = transitions.double(), probs.double(), rewards.double()
+    policy_transitions = (probs[..., None, :] @ transitions)[..., 0, :]  # P_π, (..., S, S)
+    policy_rewards = (probs[..., None, :, :] * rewards).sum(dim=-1).mT  # r_π, (..., S, m)
+    identity = torch.eye(sizes["S"], dtype=torch.float64, device=probs.device)
+    values = torch.linalg.solve(identity - discount * policy_transitions, policy_rewards)  # (..., S, m)
+    following = (transitions @ values[..., None, :, :]).movedim(-1, -3)  # PV, (..., m, S, A)
+    action_values = rewards + discount * following
+    if not math.isfinite(action_values.detach().sum().item()):  # one look a call; which argument it was, only then
+        for name, tensor, _ in arguments:
+            checks.require_finite(name, tensor)
+    return values.mean(dim=-2), action_values
