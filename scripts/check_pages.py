@@ -66,7 +66,8 @@ SCRIPT_TYPES = {"", "module", "text/javascript", "application/javascript", "text
 
 # The number of a chapter: of its file, in its title, and in a line of the sidebar.
 FILE_NUMBER = re.compile(r"0*(\d+)_.*")
-TITLE = re.compile(r'<h1>\s*(?:<span class="section-number">(\d+)\.)?')
+# The title that can be linked to; the theme prints another, without a number, on paper alone.
+TITLE = re.compile(r'<h1>\s*(?:<span class="section-number">(\d+)\.)?[^\n]*class="headerlink"')
 IN_SIDEBAR = re.compile(r'<li class="toctree-l1[^>]*><a class="[^"]*" href="([^"]+)">(?:(\d+)\.)?')
 
 

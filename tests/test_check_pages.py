@@ -120,7 +120,8 @@ def chapter(number: str, *sidebar: str) -> str:
     lines = "".join(
         f'<li class="toctree-l1 current active"><a class="reference internal" {line}</a>' for line in sidebar
     )
-    return f"<ul>{lines}</ul><h1>{number}A title</h1>"
+    link = '<a class="headerlink" href="#a-title">#</a>'
+    return f"<ul>{lines}</ul>\n<h1>A title</h1>\n<h1>{number}A title{link}</h1>"
 
 
 def test_the_number_of_a_chapter_is_that_of_its_file() -> None:
