@@ -14,7 +14,7 @@ function showMore(part) {
 
 function markWideParts() {
   for (const [selector, kind] of Object.entries(WIDE)) {
-    for (const part of document.querySelectorAll(`.bd-article :is(${selector})`)) {
+    for (const [index, part] of document.querySelectorAll(`.bd-article :is(${selector})`).entries()) {
       const wide = part.scrollWidth > part.clientWidth + 1;
       if (kind === "table") {
         showMore(part);
@@ -23,7 +23,7 @@ function markWideParts() {
       if (wide) {
         part.tabIndex = 0;
         part.setAttribute("role", "region");
-        part.setAttribute("aria-label", `${kind}, scrolls sideways`);
+        part.setAttribute("aria-label", `${kind} ${index + 1}, scrolls sideways`);
       } else {
         part.removeAttribute("tabindex");
         part.removeAttribute("role");
@@ -33,7 +33,16 @@ function markWideParts() {
   }
 }
 
+/* The arrow that opens a list of pages in the sidebar has no text: it is named after the page above the list. */
+function nameArrows() {
+  for (const arrow of document.querySelectorAll(".bd-sidebar-primary summary")) {
+    const page = arrow.closest("li").querySelector("a");
+    arrow.setAttribute("aria-label", `Pages under ${page.textContent.trim()}`);
+  }
+}
+
 window.addEventListener("load", () => {
+  nameArrows();
   markWideParts();
   // Formulas are set, and folded parts opened, after the page has loaded.
   new ResizeObserver(markWideParts).observe(document.querySelector(".bd-article") || document.body);
