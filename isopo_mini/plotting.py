@@ -40,10 +40,12 @@ METHODS: dict[str, tuple[str, Any]] = {
     "DAPO": ("#999933", DASH_DOT),
     "GSPO": ("#222255", DASH_DOT),
     "COPG": ("#7A4A21", DASH_DOT),
+    "Rank one": ("#464CB3", DASH_DOT),
 }
 # What the experiments call by another word than the book: rules, and optimizers.
 RULES = {"reinforce": "REINFORCE", "npg": "Natural gradient", "layer_scaled": "Layer scale", "trpo": "TRPO"}
 RULES |= {"fisher": "ISOPO (Fisher)", "exact_fisher": "ISOPO (Fisher)", "ntk": "ISOPO (NTK)", "dr_grpo": "Dr. GRPO"}
+RULES |= {"rank_one": "Rank one"}
 OPTIMIZERS = {"sgd": "SGD", "momentum": "momentum", "adamw": "AdamW", "muon": "Muon"}
 
 # The corners of the simplex of three actions: an equilateral triangle with side 1.

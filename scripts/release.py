@@ -171,12 +171,14 @@ def tried(python: str, root: Path, home: Path, **environment: str) -> list[str]:
 def check_commands(root: Path) -> list[str]:
     """What the README says to type, in a fresh clone."""
     readme, found = (root / "README.md").read_text(encoding="utf-8"), []
+    # Not as a part of `make release`: a make inside of another speaks of folders, and takes its options.
+    alone = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     with tempfile.TemporaryDirectory() as clone:
         run(["git", "clone", "--quiet", str(root), clone], root)
         for command in COMMANDS:
             if command not in readme:
                 found.append(f"README.md does not say {command}")
-            found += failed(command, run(command.split(), Path(clone)))
+            found += failed(command, run(command.split(), Path(clone), env=alone))
     return found
 
 

@@ -18,7 +18,7 @@ THIS_FILE = Path(__file__).resolve().relative_to(ROOT).as_posix()
 
 # Files that may name the project's public address: the one that states it, and those sync_address.py writes.
 ADDRESS_STATED = "_config.yml"
-ADDRESS_WRITTEN = re.compile(r"README\.md|CITATION\.cff|pyproject\.toml|book/.*\.ipynb")
+ADDRESS_WRITTEN = re.compile(r"README\.md|CITATION\.cff|pyproject\.toml|book/appendix/install\.md|book/.*\.ipynb")
 
 MACHINE_PATHS = re.compile(r"(?<![\w./:*-])/(?:home|root|Users|work|tmp|opt|mnt|srv)/[\w.-]|file://|[A-Z]:\\\\")
 INDEX_HOSTS = re.compile(r"pypi\.org|pythonhosted|index-url|find-links|download\.pytorch", re.IGNORECASE)
@@ -101,7 +101,7 @@ def test_every_command_of_the_makefile_is_explained_and_phony() -> None:
     assert targets == set(re.findall(r"(?m)^([a-z]+):.*## \w", makefile))
     assert targets == set(re.search(r"\.PHONY: (.*)", makefile).group(1).split())
     promised = {"book", "test", "portable", "changed", "margins", "lab", "serve", "draft", "lint", "format", "lock"}
-    promised |= {"clean", "help", "models", "course", "student", "grade", "autograder", "release"}
+    promised |= {"clean", "help", "models", "course", "student", "grade", "autograder", "release", "pages", "pdf"}
     assert targets == promised
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert {target for target in targets if f"make {target}" not in readme} <= {"clean", "help", "format"}

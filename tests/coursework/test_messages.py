@@ -53,5 +53,7 @@ def test_no_answer_runs_code(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match="expected data"):
             messages.unpacked(content)
     assert list(tmp_path.iterdir()) == []
+    buffer = io.BytesIO()
+    torch.save(3, buffer)
     with pytest.raises(ValueError, match="expected a dict, got int"):
-        messages.unpacked(messages.packed(3))  # type: ignore[arg-type]
+        messages.unpacked(buffer.getvalue())
