@@ -36,7 +36,7 @@ class BuildFacts(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """The table."""
         rows: list[list[nodes.Node]] = [[nodes.Text(name), nodes.Text(value)] for name, value in facts()]
-        return [table(["", "what these pages were made with"], [25, 75], rows, look="build-facts")]
+        return [table(["part", "what these pages were made with"], [25, 75], rows, look="build-facts")]
 
 
 def setup(app: Any) -> dict[str, bool]:
