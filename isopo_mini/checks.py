@@ -68,8 +68,11 @@ def require_same_device(name: str, tensor: Tensor, other_name: str, other: Tenso
         raise ValueError(f"{name}: expected device {other.device} (that of {other_name}), got {tensor.device}")
 
 
-def require_layer_dtype(name: str, tensor: Tensor, weight: Tensor) -> None:
-    """Check that `tensor` may be multiplied by a layer's weight: the same dtype, or one that autocast converts."""
+def require_layer_input(name: str, tensor: Tensor, weight: Tensor) -> None:
+    """Check that a linear layer with this weight, `(o, d)`, takes `tensor`: d features, and its dtype or one that
+    autocast converts.
+    """
+    require_shape(name, tensor, "... d", {"d": weight.shape[1]})
     converted = torch.is_autocast_enabled(tensor.device.type) and tensor.is_floating_point()
     if tensor.dtype != weight.dtype and not (converted and tensor.dtype != torch.float64):
         raise TypeError(f"{name}: expected {weight.dtype} (the dtype of the policy's weights), got {tensor.dtype}")

@@ -137,14 +137,16 @@ def test_rows_that_are_no_probabilities_are_named() -> None:
 
 def test_a_layer_takes_its_own_dtype_or_what_autocast_converts() -> None:
     weight = torch.zeros(2, 2)
-    checks.require_layer_dtype("x", weight, weight)
+    checks.require_layer_input("x", weight, weight)
+    with pytest.raises(ValueError, match=r"^x: expected shape \(d=2\), got \(2, 3\)$"):
+        checks.require_layer_input("x", torch.zeros(2, 3), weight)
     with pytest.raises(TypeError, match=r"^x: expected torch.float32 \(the dtype of .*\), got torch.float16$"):
-        checks.require_layer_dtype("x", weight.half(), weight)
+        checks.require_layer_input("x", weight.half(), weight)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        checks.require_layer_dtype("x", weight.half(), weight)
+        checks.require_layer_input("x", weight.half(), weight)
         for dtype in (torch.float64, torch.int64):
             with pytest.raises(TypeError, match=f"^x: expected torch.float32 .* got {dtype}$"):
-                checks.require_layer_dtype("x", weight.to(dtype), weight)
+                checks.require_layer_input("x", weight.to(dtype), weight)
 
 
 def test_numbers_and_vectors_of_them() -> None:

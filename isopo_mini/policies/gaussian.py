@@ -55,7 +55,6 @@ class GaussianPolicy(nn.Module):
         log_std: float = 0.0,
     ) -> None:
         super().__init__()
-        self.num_features = num_features
         self.mean = perceptron(num_features, num_actions, hidden, activation)
         self.log_std = nn.Parameter(torch.full((num_actions,), float(log_std)))
         checks.require_finite("log_std", self.log_std)
@@ -67,8 +66,7 @@ class GaussianPolicy(nn.Module):
             TypeError: the observations have another dtype than the weights.
             ValueError: their last axis is not d.
         """
-        checks.require_shape("observations", observations, "... d", {"d": self.num_features})
-        checks.require_layer_dtype("observations", observations, self.mean[0].weight)  # type: ignore[arg-type]
+        checks.require_layer_input("observations", observations, self.mean[0].weight)  # type: ignore[arg-type]
         mean = at_least_float32(self.mean(observations))
         # Without torch's own checks: a run that diverges is told so by `train`, with the name of the parameter.
         return Independent(Normal(mean, self.log_std.to(mean).exp().expand_as(mean), validate_args=False), 1)

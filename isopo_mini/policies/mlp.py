@@ -61,6 +61,5 @@ class MLP(CategoricalPolicy):
             TypeError: the observations have another dtype than the weights, such as NumPy's float64.
             ValueError: their last axis is not d.
         """
-        checks.require_shape("observations", observations, "... d", {"d": self.num_features})
-        checks.require_layer_dtype("observations", observations, self.layers[0].weight)  # type: ignore[arg-type]
+        checks.require_layer_input("observations", observations, self.layers[0].weight)  # type: ignore[arg-type]
         return self.layers(observations)

@@ -111,6 +111,5 @@ class LinearSoftmax(CategoricalPolicy):
             TypeError: the observations have another dtype than the weights, such as NumPy's float64.
             ValueError: their last axis is not d.
         """
-        checks.require_shape("observations", observations, "... d", {"d": self.linear.in_features})
-        checks.require_layer_dtype("observations", observations, self.linear.weight)
+        checks.require_layer_input("observations", observations, self.linear.weight)
         return self.linear(observations)
