@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 
 from isopo_mini import checks
 from isopo_mini.batch import Batch
-from isopo_mini.policies.gaussian import GaussianPolicy
 from isopo_mini.rules.protocol import UpdateRule as UpdateRule
 from isopo_mini.rules.repeatable import repeatable
 from isopo_mini.training import diagnostics
@@ -48,8 +47,9 @@ def train(
     """Train the policy in place: `steps` times sample a batch, let the rule use it once, and measure.
 
     Args:
-        policy: has `logits(observations)`, or is a `GaussianPolicy`; its parameters are changed. Two evaluations must
-            agree, here and in every rule, so dropout must be off; call `policy.eval()` first.
+        policy: has `logits(observations)`, or `distribution(observations)` as a `GaussianPolicy` has; its parameters
+            are changed. Two evaluations must agree, here and in every rule, so dropout must be off; call
+            `policy.eval()` first.
         task: see `Task`.
         rule: see `UpdateRule`.
         optimizer: of the policy's parameters.
@@ -124,9 +124,9 @@ def train(
 
 @torch.no_grad()
 def _distribution(policy: Any, batch: Batch) -> Tensor | Distribution:
-    """What the policy does at the batch's observations, without gradient: its logits (S, T, A), or its Gaussians."""
-    if isinstance(policy, GaussianPolicy):
-        repeatable(policy, lambda: policy(batch.observations))
+    """What the policy does at the batch's observations, without gradient: its distribution, or else its logits."""
+    if hasattr(policy, "distribution"):
+        repeatable(policy, lambda: policy.log_prob(batch))
         return policy.distribution(batch.observations)
     return repeatable(policy, lambda: policy.logits(batch.observations))
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from torch.distributions import Independent, Laplace
 
 from isopo_mini import Batch
 from isopo_mini.policies import GaussianPolicy
@@ -75,6 +76,26 @@ def test_half_precision_gives_single_precision_log_probs() -> None:
     policy = make_policy(dtype=torch.bfloat16)
     actions, log_probs = policy.sample_actions(torch.zeros(2, 3, dtype=torch.bfloat16))
     assert actions.dtype == log_probs.dtype == torch.float32
+
+
+class LaplacePolicy(GaussianPolicy):
+    """Another distribution over vectors, as somebody else might bring it."""
+
+    def distribution(self, observations: torch.Tensor) -> Independent:
+        gaussian = super().distribution(observations)
+        return Independent(Laplace(gaussian.mean, gaussian.stddev), 1)
+
+
+def test_training_measures_whatever_distribution_a_policy_has() -> None:
+    torch.manual_seed(0)
+    policy = LaplacePolicy(3, 1, hidden=(4,))
+    before = policy.distribution(torch.zeros(1, 3)).entropy().item()
+    rule = ClippedSurrogate("ppo", epochs=2)
+    optimizer = torch.optim.Adam(policy.parameters(), 0.01)
+    table = train(policy, Pendulum(10, evaluation_episodes=2), rule, optimizer, 1, 0, progress=False)
+    assert table["entropy"][0] == pytest.approx(before)
+    assert before != pytest.approx(GaussianPolicy(3, 1).distribution(torch.zeros(1, 3)).entropy().item())
+    assert table["kl"][0] > 0
 
 
 @pytest.mark.parametrize("loss", ["ppo", "copg"])
