@@ -119,7 +119,7 @@ DESCENT = Exercise(
     _a_bandit,
     lambda: [()],
     {
-        "A bandit on which the step is right. Look at Figure 6: a frequent arm a little below the mean turns it.": (
+        "A bandit on which the step is right. See below Table 10: a frequent arm a little below the mean turns it.": (
             lambda: ([0.7, 0.1, 0.1, 0.1], [1.0, 0.0, 0.0, 0.0])
         ),
         "Every arm needs a positive probability: an arm that is never pulled takes no part.": (
