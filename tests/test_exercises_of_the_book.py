@@ -116,13 +116,15 @@ def test_the_book_and_the_library_have_the_same_exercises() -> None:
 def test_a_stub_is_checked_where_it_stands_and_shows_nothing_else(path: Path) -> None:
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    checkers = checkers_of(sources)
+    checkers, stubs = checkers_of(sources), set()
     for source in sources:
         assert "" not in {name for _, name in checked(source, checkers)}, "the reference stands beside the exercise"
         if "your turn" in source:
             stub, call = ast.parse(source).body  # and no reference, no cases
             assert isinstance(stub, ast.FunctionDef)
             assert checked(ast.unparse(call), checkers) == [(stub.name, stub.name)]
+            stubs.add(stub.name)
+    assert stubs == {name for source in sources for _, name in checked(source, checkers)}, "each begins as a stub"
 
 
 @pytest.mark.parametrize("name", EXERCISES)
