@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from isopo_mini.exercises.exercise import Exercise, Function, normal
+from isopo_mini.exercises.exercise import Exercise, Function, normal, solve_damped
 from isopo_mini.tasks import LinearQuadratic
 
 NOTHING = "Nothing is refused, although {broken} of the {all} programs are broken. "
@@ -47,13 +47,13 @@ def _dual(inside: bool, outside: bool) -> Function:
     def program(S: Tensor, A: Tensor, damping: float) -> Tensor:
         N = len(S)
         K = S @ S.T / N if inside else S @ S.T
-        return S.T @ torch.linalg.solve(K + damping * torch.eye(N).to(S), A / N if outside else A)
+        return S.T @ solve_damped(K, A / N if outside else A, damping)
 
     return program
 
 
 def _primal(S: Tensor, A: Tensor, damping: float) -> Tensor:
-    return torch.linalg.solve(S.T @ S / len(S) + damping * torch.eye(S.shape[1]).to(S), S.T @ A / len(S))
+    return solve_damped(S.T @ S / len(S), S.T @ A / len(S), damping)
 
 
 def _passes_with(damping: float) -> Function:
@@ -87,8 +87,8 @@ DUAL_IS_RIGHT = hunt(
 
 def _damped_by(scale: Callable[[Tensor], Tensor]) -> Function:
     def program(gram: Tensor, advantages: Tensor, rho: float) -> Tensor:
-        damping = rho * scale(gram)
-        return damping * torch.linalg.solve(gram + damping * torch.eye(len(gram)).to(gram), advantages)
+        damping = rho * scale(gram).item()
+        return damping * solve_damped(gram, advantages, damping)
 
     return program
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -246,7 +245,7 @@ def _by_eigenvalues(sigma: float) -> float:
     return float(np.abs(np.linalg.eigvals(matrix)).max())
 
 
-def _real_root(sigma: float, sign: int) -> Any:
+def _real_root(sigma: float, sign: int) -> float:
     return sigma - 1 + sign * math.sqrt(abs(sigma**2 - sigma))
 
 
