@@ -121,7 +121,12 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
         ("basis = directions[values > 1e-10 * values[0]]", "basis = G / G.norm(dim=1)[:, None]", "The rows are taken"),
     ],
     "dual_is_right": [
-        ("0.1", "1e-9", "One broken program passes"),
+        ("0.1", "1e-9", "One broken program passes: with a tiny damping"),
+        (
+            "torch.allclose(solve(S, A, damping), expected)",
+            "torch.cosine_similarity(solve(S, A, damping), expected, dim=0).item() > 1 - 1e-6",
+            "One broken program passes: it is N times too long",
+        ),
         ("torch.allclose(solve(S, A, damping), expected)", "bool(solve(S, A, damping).isfinite().all())", "Nothing is"),
     ],
     "coefficients_are_right": [
@@ -147,6 +152,8 @@ SLIPS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "gram_is_right": [
         ("[one, one]", "[torch.cat([one, one])]", "Nothing is refused"),
+        ("torch.allclose(K, K[0, 0].expand(2, 2))", "torch.allclose(K[0, 0], K[1, 1])", "The program without products"),
+        ("torch.allclose(K, K[0, 0].expand(2, 2))", "bool((K != 0).all())", "The program whose ranks draw apart"),
         ("K[0, 0]", "one.square().sum().double()", "Everything is refused"),
     ],
 }

@@ -117,6 +117,11 @@ def test_the_entry_that_differs_is_named(capsys: pytest.CaptureFixture[str]) -> 
     assert "case 1 of 1 differs. Entry 'a': Entry 1: A whole number is right or wrong." in capsys.readouterr().out
 
 
+def test_a_yes_in_the_place_of_a_no_is_not_called_a_number(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(lambda: True, lambda: False, [()]) is None
+    assert "case 1 of 1 differs. One is True, the other False." in capsys.readouterr().out
+
+
 def test_a_function_that_changes_its_input_spoils_nothing() -> None:
     def in_place(x: Tensor, factor: float) -> Tensor:
         return x.mul_(factor)

@@ -13,6 +13,7 @@ import pytest
 import sync_address
 import torch
 from exercise_slips import SLIPS
+from mentions import TAG, mentions
 
 from isopo_mini.exercises import check
 from isopo_mini.exercises.checker import every_exercise
@@ -115,13 +116,15 @@ def test_the_book_and_the_library_have_the_same_exercises() -> None:
 def test_a_stub_is_checked_where_it_stands_and_shows_nothing_else(path: Path) -> None:
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    checkers = checkers_of(sources)
+    checkers, stubs = checkers_of(sources), set()
     for source in sources:
         assert "" not in {name for _, name in checked(source, checkers)}, "the reference stands beside the exercise"
         if "your turn" in source:
             stub, call = ast.parse(source).body  # and no reference, no cases
             assert isinstance(stub, ast.FunctionDef)
             assert checked(ast.unparse(call), checkers) == [(stub.name, stub.name)]
+            stubs.add(stub.name)
+    assert stubs == {name for source in sources for _, name in checked(source, checkers)}, "each begins as a stub"
 
 
 @pytest.mark.parametrize("name", EXERCISES)
@@ -157,6 +160,17 @@ def test_every_known_mistake_gets_the_hint_that_is_about_it(name: str, capsys: p
     assert len(mistakes) >= 2
     for hint, wrong in mistakes.items():
         assert hint_in(said(name, wrong, capsys)) == hint
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_the_figures_tables_and_equations_that_a_hint_names_are_in_its_chapter(name: str) -> None:
+    cells = json.loads(checks()[name][0].read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    captions = re.findall(r"(?m)^\*\*((?:Figure|Table)s? \d.*?)\*\*", text)
+    there = {mention.anchor for caption in captions for mention in mentions(caption)}
+    there |= {f"equation-{number}" for number in TAG.findall(text)}
+    named = {mention.anchor for hint in EXERCISES[name].mistakes for mention in mentions(hint)}
+    assert named <= there
 
 
 @pytest.mark.parametrize(("name", "slip"), [(name, slip) for name, slips in SLIPS.items() for slip in slips])

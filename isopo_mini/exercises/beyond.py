@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from isopo_mini.exercises.exercise import Exercise, normal
+from isopo_mini.exercises.exercise import Exercise, normal, solve_damped
 
 # -- Chapter 20: gradients of packed sequences -------------------------------------------------------------------------
 
@@ -56,9 +56,8 @@ def _by_woodbury(
     x: Tensor, y: Tensor, rows: Tensor, advantages: Tensor, sizes: list[int], rank: int, rho: float
 ) -> Tensor:
     """c = (A - Ĝ (ĜᵀĜ + λI)⁻¹ ĜᵀA) / λ, in the space of the sketches, and a loop over the rank's own sequences."""
-    damping = rho * rows.square().sum() / len(rows)
-    inner = rows.T @ rows + damping * torch.eye(rows.shape[1]).to(rows)
-    c = (advantages - rows @ torch.linalg.solve(inner, rows.T @ advantages)) / damping
+    damping = rho * rows.square().sum().item() / len(rows)
+    c = (advantages - rows @ solve_damped(rows.T @ rows, rows.T @ advantages, damping)) / damping
     own = c.split(sizes)[rank].tolist()
     return len(sizes) * sum((c_s * y_s.T @ x_s for c_s, x_s, y_s in zip(own, x, y, strict=True)), torch.tensor(0.0))
 
@@ -73,7 +72,7 @@ def _shares() -> list[tuple[Tensor, Tensor, Tensor, Tensor, list[int], int, floa
 
 def _solved(rows: Tensor, advantages: Tensor, rho: float) -> Tensor:
     K = rows @ rows.T
-    return torch.linalg.solve(K + rho * K.trace() / len(K) * torch.eye(len(K)).to(K), advantages)
+    return solve_damped(K, advantages, rho * K.trace().item() / len(K))
 
 
 def _with(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -140,7 +139,7 @@ PROJECTED_OFF = Exercise(
             lambda v, G: _one_after_the_other(v, G)
         ),
         "A damping is left in: the part in the span is shortened, not removed.": (
-            lambda v, G: v - G.T @ torch.linalg.solve(G @ G.T + torch.eye(len(G)).to(G), G @ v)
+            lambda v, G: v - G.T @ solve_damped(G @ G.T, G @ v, 1.0)
         ),
     },
 )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from isopo_mini.exercises.exercise import Exercise, Function, normal
+from isopo_mini.exercises.exercise import Exercise, Function, normal, solve_damped
 from isopo_mini.tasks import LinearQuadratic
 
 NOTHING = "Nothing is refused, although {broken} of the {all} programs are broken. "
@@ -47,13 +47,13 @@ def _dual(inside: bool, outside: bool) -> Function:
     def program(S: Tensor, A: Tensor, damping: float) -> Tensor:
         N = len(S)
         K = S @ S.T / N if inside else S @ S.T
-        return S.T @ torch.linalg.solve(K + damping * torch.eye(N).to(S), A / N if outside else A)
+        return S.T @ solve_damped(K, A / N if outside else A, damping)
 
     return program
 
 
 def _primal(S: Tensor, A: Tensor, damping: float) -> Tensor:
-    return torch.linalg.solve(S.T @ S / len(S) + damping * torch.eye(S.shape[1]).to(S), S.T @ A / len(S))
+    return solve_damped(S.T @ S / len(S), S.T @ A / len(S), damping)
 
 
 def _passes_with(damping: float) -> Function:
@@ -65,6 +65,12 @@ def _passes_with(damping: float) -> Function:
     return test
 
 
+def _only_the_direction(program: Function) -> bool:
+    draw = normal(0)
+    case = draw(6, 9), draw(6), 0.1
+    return torch.cosine_similarity(program(*case), _primal(*case), dim=0).item() > 1 - 1e-6
+
+
 DUAL_IS_RIGHT = hunt(
     [_dual(True, True), _primal],
     [_dual(False, False), _dual(True, False), _dual(False, True)],
@@ -72,6 +78,7 @@ DUAL_IS_RIGHT = hunt(
     "Compare with the solve in the parameters, at the same damping, up to rounding.",
     mistakes={
         "One broken program passes: with a tiny damping, a 1/N that is missing twice cancels.": _passes_with(1e-9),
+        "One broken program passes: it is N times too long, and only the direction is compared.": _only_the_direction,
     },
 )
 
@@ -80,8 +87,8 @@ DUAL_IS_RIGHT = hunt(
 
 def _damped_by(scale: Callable[[Tensor], Tensor]) -> Function:
     def program(gram: Tensor, advantages: Tensor, rho: float) -> Tensor:
-        damping = rho * scale(gram)
-        return damping * torch.linalg.solve(gram + damping * torch.eye(len(gram)).to(gram), advantages)
+        damping = rho * scale(gram).item()
+        return damping * solve_damped(gram, advantages, damping)
 
     return program
 
@@ -171,12 +178,22 @@ def _one_state(program: Function) -> bool:
     return torch.allclose(program(system, 0.5 * one), system.cost(0.5 * one))
 
 
+def _no_control(program: Function) -> bool:
+    eye, zero = torch.eye(2, dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)
+    A = torch.tensor([[0.5, 0.4], [0.0, 0.6]], dtype=torch.float64)
+    system = LinearQuadratic(A, eye[:, :1], torch.diag(torch.tensor([1.0, 2.0])).to(A), eye[:1, :1], eye)
+    return torch.allclose(program(system, zero), system.cost(zero))
+
+
 COST_IS_RIGHT = hunt(
     [_summed(False, True), _cost],
     [_summed(True, True), _summed(False, False)],
     "At K = 0, and with Q = Σ = I, neither the transpose nor the cost of the controls shows.",
     "A walk must pay for its controls too, and be long enough.",
-    mistakes={"The transposed program passes: a single state is its own transpose.": _one_state},
+    mistakes={
+        "The transposed program passes: a single state is its own transpose.": _one_state,
+        "The program whose controls are free passes: at K = 0 there are none.": _no_control,
+    },
 )
 
 # -- Chapter 21: one Gram matrix for all ranks -------------------------------------------------------------------------
@@ -198,11 +215,32 @@ def _sketched(seed_of: Callable[[int], int], apart: bool = False) -> Function:
     return program
 
 
+def _of_equal_ranks(program: Function) -> Tensor:
+    """K̂, (2, S, 2, S), when two ranks hold the same gradients."""
+    part = normal(0)(3, 12, 10)
+    return program([part, part]).view(2, 3, 2, 3)
+
+
+def _only_within(program: Function) -> bool:
+    K = _of_equal_ranks(program)
+    return torch.allclose(K[0, :, 0], K[1, :, 1])
+
+
+def _anything_between(program: Function) -> bool:
+    return bool((_of_equal_ranks(program)[0, :, 1] != 0).all())
+
+
 GRAM_IS_RIGHT = hunt(
     [_sketched(lambda rank: 0), _sketched(lambda rank: 7)],
     [_sketched(lambda rank: rank), _sketched(lambda rank: 0, apart=True)],
     "A sensible diagonal is not enough. What must stand between two ranks with equal gradients?",
     "A sketch is K in the mean, and not to the last digit.",
+    mistakes={
+        "The program without products between ranks passes: look beyond the blocks of each rank.": _only_within,
+        "The program whose ranks draw apart passes: what stands between two ranks is there, but is it right?": (
+            _anything_between
+        ),
+    },
 )
 
 EXERCISES = {

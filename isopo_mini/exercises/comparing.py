@@ -22,6 +22,8 @@ def difference(got: Any, expected: Any, rtol: float, atol: float) -> str:
         if not isinstance(got, Sequence) or isinstance(got, str) or len(got) != len(expected):
             return f"Expected {len(expected)} entries."
         return _first_difference(zip(range(len(expected)), got, expected, strict=True), rtol, atol)
+    if isinstance(expected, bool) and isinstance(got, bool):
+        return "" if got == expected else "One is True, the other False."
     if isinstance(expected, Integral) and isinstance(got, Real):  # of any size, which no tensor would hold
         return "" if got == expected else "A whole number is right or wrong."
     try:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from isopo_mini.exercises.exercise import Exercise, normal
+from isopo_mini.exercises.exercise import Exercise, normal, solve_damped
 
 # -- Chapter 1: REINFORCE's loss of sequences --------------------------------------------------------------------------
 
@@ -72,7 +72,7 @@ FISHER_PRODUCT = Exercise(
 
 def _solved_in_parameters(S: Tensor, A: Tensor, weights: Tensor, damping: float) -> Tensor:
     fisher = S.T @ torch.diag(weights) @ S
-    return torch.linalg.solve(fisher + damping * torch.eye(S.shape[1]).to(S), S.T @ (weights * A))
+    return solve_damped(fisher, S.T @ (weights * A), damping)
 
 
 def _weighted_samples() -> list[tuple[Tensor, Tensor, Tensor, float]]:
@@ -82,7 +82,7 @@ def _weighted_samples() -> list[tuple[Tensor, Tensor, Tensor, float]]:
 
 
 def _solved_in_samples(rows: Tensor, right: Tensor, damping: float) -> Tensor:
-    return rows.T @ torch.linalg.solve(rows @ rows.T + damping * torch.eye(len(rows)).to(rows), right)
+    return rows.T @ solve_damped(rows @ rows.T, right, damping)
 
 
 WEIGHTED_DUAL = Exercise(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from isopo_mini.exercises.exercise import Exercise, normal
+from isopo_mini.exercises.exercise import Exercise, normal, solve_damped
 
 # -- Chapter 5: the published step of a linear layer -------------------------------------------------------------------
 
@@ -77,8 +77,7 @@ PUBLISHED_STEP = Exercise(
 def _every_copy(gram: Tensor, advantages: Tensor, counts: Tensor, damping: float) -> Tensor:
     """The batch written out; the coefficient of the last copy of each."""
     index = torch.arange(len(counts)).repeat_interleave(counts)
-    damped = gram[index][:, index] + damping * torch.eye(len(index)).to(gram)
-    return (damping * torch.linalg.solve(damped, advantages[index]))[counts.cumsum(0) - 1]
+    return damping * solve_damped(gram[index][:, index], advantages[index], damping)[counts.cumsum(0) - 1]
 
 
 def _distinct_sequences() -> list[tuple[Tensor, Tensor, Tensor, float]]:
@@ -88,28 +87,24 @@ def _distinct_sequences() -> list[tuple[Tensor, Tensor, Tensor, float]]:
     return [(scores @ scores.T, A, row, 0.5) for row in counts]
 
 
-def _solve(matrix: Tensor, advantages: Tensor, damping: float | Tensor) -> Tensor:
-    return torch.linalg.solve(matrix + damping * torch.eye(len(matrix)).to(matrix), advantages)
-
-
 SHARED_COEFFICIENTS = Exercise(
     _every_copy,
     _distinct_sequences,
     {
         "These are the coefficients when each sequence comes once: the counts have no effect.": (
-            lambda gram, A, counts, damping: damping * _solve(gram, A, damping)
+            lambda gram, A, counts, damping: damping * solve_damped(gram, A, damping)
         ),
         "These are the coefficients of the transpose: the counts belong to the columns of K, not to its rows.": (
-            lambda gram, A, counts, damping: damping * _solve(gram * counts[:, None], A, damping)
+            lambda gram, A, counts, damping: damping * solve_damped(gram * counts[:, None], A, damping)
         ),
         "These are the coefficients of all copies together. One copy has its share of them.": (
-            lambda gram, A, counts, damping: damping * counts * _solve(gram * counts, A, damping)
+            lambda gram, A, counts, damping: damping * counts * solve_damped(gram * counts, A, damping)
         ),
         "The factor λ is missing: these are the coefficients in the natural scale.": (
-            lambda gram, A, counts, damping: _solve(gram * counts, A, damping)
+            lambda gram, A, counts, damping: solve_damped(gram * counts, A, damping)
         ),
         "The advantages are multiplied by the counts. Only what a sequence does to the others is.": (
-            lambda gram, A, counts, damping: damping * _solve(gram * counts, counts * A, damping)
+            lambda gram, A, counts, damping: damping * solve_damped(gram * counts, counts * A, damping)
         ),
     },
 )
@@ -141,8 +136,8 @@ def _damped_natural_gradient(
     steps = []
     for G in _every_score(W1, W2, x, actions):
         rows = G.flatten(1)
-        fisher, damping = rows.T @ rows, rho * rows.square().sum() / len(rows)
-        steps.append((damping * _solve(fisher, rows.T @ advantages, damping)).view(G.shape[1:]))
+        fisher, damping = rows.T @ rows, rho * rows.square().sum().item() / len(rows)
+        steps.append((damping * solve_damped(fisher, rows.T @ advantages, damping)).view(G.shape[1:]))
     return tuple(steps)
 
 
@@ -164,19 +159,22 @@ def _layers(coefficients: Callable[[Tensor, Tensor, float], Tensor]) -> Callable
     return step
 
 
+def _coefficients(K: Tensor, A: Tensor, damping: float) -> Tensor:
+    return damping * solve_damped(K, A, damping)
+
+
 def _ntk(K: Tensor, A: Tensor, rho: float) -> Tensor:
-    damping = rho * K.trace() / len(K)
-    return damping * _solve(K, A, damping)
+    return _coefficients(K, A, rho * K.trace().item() / len(K))
+
+
+def _mean_entry(K: Tensor, A: Tensor, rho: float) -> Tensor:
+    return _coefficients(K, A, rho * K.mean().item())
 
 
 def _together(W1: Tensor, W2: Tensor, x: Tensor, actions: Tensor, advantages: Tensor, rho: float) -> tuple[Tensor, ...]:
     scores = _every_score(W1, W2, x, actions)
     c = _ntk(sum((G.flatten(1) @ G.flatten(1).T for G in scores), torch.zeros(len(x), len(x)).to(x)), advantages, rho)
     return tuple(torch.einsum("s,soi->oi", c, G) for G in scores)
-
-
-def _undamped_by_trace(K: Tensor, A: Tensor, rho: float) -> Tensor:
-    return rho * _solve(K, A, rho)
 
 
 def _weighted_loss(rows: Tensor, A: Tensor, rho: float) -> Tensor:
@@ -199,7 +197,7 @@ ISOPO_BY_HAND = Exercise(
     {
         "This is REINFORCE: the coefficients are the advantages.": _layers(lambda rows, A, rho: A),
         "λ is ρ itself. It must be ρ tr K / S, so that it has the units of K.": (
-            _layers(lambda rows, A, rho: _undamped_by_trace(rows @ rows.T, A, rho))
+            _layers(lambda rows, A, rho: _coefficients(rows @ rows.T, A, rho))
         ),
         "λ is made of the mean of all entries of K. It must be that of the diagonal, tr K / S.": (
             _layers(lambda rows, A, rho: _mean_entry(rows @ rows.T, A, rho))
@@ -221,10 +219,6 @@ ISOPO_BY_HAND = Exercise(
         ),
     },
 )
-
-
-def _mean_entry(K: Tensor, A: Tensor, rho: float) -> Tensor:
-    return rho * K.mean() * _solve(K, A, rho * K.mean().item())
 
 
 # -- Chapter 8: Newton–Schulz ------------------------------------------------------------------------------------------

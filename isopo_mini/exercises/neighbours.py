@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -119,7 +118,7 @@ DESCENT = Exercise(
     _a_bandit,
     lambda: [()],
     {
-        "A bandit on which the step is right. Look at Figure 6: a frequent arm a little below the mean turns it.": (
+        "A bandit on which the step is right. See below Table 10: a frequent arm a little below the mean turns it.": (
             lambda: ([0.7, 0.1, 0.1, 0.1], [1.0, 0.0, 0.0, 0.0])
         ),
         "Every arm needs a positive probability: an arm that is never pulled takes no part.": (
@@ -246,7 +245,7 @@ def _by_eigenvalues(sigma: float) -> float:
     return float(np.abs(np.linalg.eigvals(matrix)).max())
 
 
-def _real_root(sigma: float, sign: int) -> Any:
+def _real_root(sigma: float, sign: int) -> float:
     return sigma - 1 + sign * math.sqrt(abs(sigma**2 - sigma))
 
 
