@@ -3,7 +3,7 @@
 In the notebooks all four are plain text, so that they read alike in JupyterLab, in Colab and here. A caption is a
 paragraph that begins with `**Figure 5.**`, `**Figure 4 and Table 9.**` or the like; an equation bears `\\tag{3}`; a
 chapter's number is the one that its file's name begins with. A mention of another chapter's table stands beside a
-link to that chapter: `[chapter 12](…), Table 12` or `Table 12 of [chapter 12](…)`.
+link to that chapter: `[chapter 12](…), Table 12`, `[chapter 12](…), Tables 5 and 6` or `Table 12 of [chapter 12](…)`.
 
 A caption out of order, and a mention of what is not there, are warnings, and so fail the build.
 """
@@ -40,6 +40,7 @@ class Mention(NamedTuple):
     end: int
     kind: str  # figure, table, chapter or equation
     number: int
+    phrase: tuple[int, int]  # where all of "Tables 5 and 6" begins and ends
 
     @property
     def anchor(self) -> str:
@@ -54,7 +55,7 @@ def mentions(text: str) -> Iterator[Mention]:
         start = found.start()
         for number in NUMBER.finditer(found[0]):
             end = found.start() + number.end()
-            yield Mention(start, end, kind, int(number[0].strip("()")))
+            yield Mention(start, end, kind, int(number[0].strip("()")), found.span())
             start = end + len(re.match(rf"{BETWEEN}|", text[end:])[0])  # type: ignore[index]
 
 
@@ -168,7 +169,8 @@ class Linker:
 def chapter_beside(mention: Mention, text: nodes.Text) -> nodes.Element | None:
     """The link just before or just after to the chapter whose figure or table is meant; none where it is our own."""
     place = text.parent.index(text)
-    before, after = text[: mention.start], text[mention.end :]
+    begin, end = mention.phrase
+    before, after = text[:begin], text[end:]
     neighbour = None
     if before.strip() in {",", "("} and place > 0:
         neighbour = text.parent[place - 1]

@@ -36,6 +36,8 @@ $$ a = b \\tag{1} $$
 
 By (1) and (2) and Table 1, [chapter 2](02_b.md), Table 2, differs from this one's Table 1; so does chapter 2.
 
+It is all in ([chapter 2](02_b.md), Tables 1 and 2).
+
 Sutton and Barto tell more in chapter 2. `Table 1` is code; Figures 1.
 
 **Figure 1 and Table 2.** Two at once.
@@ -77,6 +79,9 @@ def test_mentions_lead_to_what_they_name(tmp_path: Path) -> None:
         ("02_b.html#table-2", "Table 2"),
         ("#table-1", "Table 1"),
         ("02_b.html", "chapter 2"),
+        ("02_b.html", "chapter 2"),
+        ("02_b.html#table-1", "Tables 1"),
+        ("02_b.html#table-2", "2"),
         ("#figure-1", "Figures 1"),
     ]
 

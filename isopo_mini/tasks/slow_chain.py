@@ -150,7 +150,12 @@ class SlowChain:
 
         The gamble of level s is worth γ²p π_fwd(gate s−2) (V(s−2) − τ_(s−2)) more than exit. As long as a level is not
         learned, π_fwd falls as 1/time; beyond a time of 1e16 the same number, found as Q − Q, is rounding.
+
+        Raises:
+            ValueError: `logits` is not `(2H, 3)`.
         """
+        if np.shape(logits) != self.exists.shape:
+            raise ValueError(f"logits: expected shape {self.exists.shape}, got {np.shape(logits)}")
         scores = np.where(self.exists, logits, -np.inf)
         probs = np.exp(scores - scores.max(axis=1, keepdims=True))
         probs /= probs.sum(axis=1, keepdims=True)

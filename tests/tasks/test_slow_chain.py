@@ -90,3 +90,10 @@ def test_errors(arguments: dict, message: str) -> None:
 def test_only_whole_numbers_can_be_written_out() -> None:
     with pytest.raises(ValueError, match="copies: expected a whole number"):
         SlowChain(3, 2.5).written_out()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_logits_have_a_row_for_each_kind_of_state() -> None:
+    """A row for all would be repeated in silence."""
+    with pytest.raises(ValueError, match=re.escape("logits: expected shape (6, 3), got (1, 3)")):
+        SlowChain(3).evaluate(np.zeros((1, 3)))
