@@ -55,6 +55,8 @@ def steps(
         "REINFORCE": reinforce,
         "dense": isopo(Isopo(policy, NTK(1.0), gram="dense")),
         "sketched": isopo(Isopo(policy, NTK(1.0), gram="sketched", sketch_size=32)),
+        "signs": isopo(Isopo(policy, NTK(1.0), gram="signs", sketch_size=32)),
+        "fast": isopo(Isopo(policy, NTK(1.0), gram="fast", sketch_size=32)),
         "Fisher": isopo(Isopo(policy, FisherNormalized(), gram="dense")),
         "Fisher, tokens": isopo(Isopo(policy, FisherNormalized("token"))),
     }

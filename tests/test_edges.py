@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from isopo_mini.geometry import fisher, gram, isopo, natural_gradient
-from isopo_mini.geometry.ntk_solvers import in_precision_of
+from isopo_mini.geometry import fisher, gram, isopo, natural_gradient, sketches
+from isopo_mini.geometry.ntk_solvers import in_precision_of, solve_ntk_in_single
 from isopo_mini.objectives import advantages, aggregation, kl, losses, values
 from isopo_mini.policies import TabularSoftmax, softmax_fisher
 from isopo_mini.tasks import Bandit, ContextualBandit, Episodes
@@ -29,7 +29,10 @@ MODULES = [
     *(f"objectives.{name}" for name in ("advantages", "aggregation", "kl", "losses", "values")),
     *(
         f"geometry.{name}"
-        for name in ("fisher", "fisher_products", "gram", "isopo", "natural_gradient", "ntk_solvers", "singular")
+        for name in (
+            *("fisher", "fisher_products", "gram", "isopo", "natural_gradient"),
+            *("ntk_solvers", "singular", "sketches"),
+        )
     ),
     "tasks.bandit",
 ]
@@ -198,9 +201,9 @@ def singular(draw: Draw) -> Tensor:
     return natural_gradient.solve_singular(matrix, gradient)
 
 
-def sketch_of(draw: Draw) -> gram.Sketch:
+def sketch_of(draw: Draw, kind: str = "gaussian") -> gram.Sketch:
     generator = torch.Generator().manual_seed(0)
-    return gram.draw_sketch(2, 3, 4, torch.zeros(1, dtype=torch.float64), generator)
+    return gram.draw_sketch(2, 3, 4, torch.zeros(1, dtype=torch.float64), generator, kind)
 
 
 def ntk(solver: Callable[..., Tensor], draw: Draw) -> Tensor:
@@ -309,7 +312,12 @@ ENTRIES: dict[str, list[Entry]] = {
     "geometry.ntk_solvers.is_above_rounding": [
         Entry(lambda d: [float(isopo.is_above_rounding(ratio, d.gram())) for ratio in (1e-30, 1e3)])
     ],
+    "geometry.ntk_solvers.is_single_enough": [
+        Entry(lambda d: [float(isopo.is_single_enough(ratio, d.gram())) for ratio in (1e-30, 1e3)])
+    ],
     "geometry.ntk_solvers.solve_ntk": [Entry(lambda d: ntk(isopo.solve_ntk, d))],
+    "geometry.ntk_solvers.solve_ntk_in_single": [Entry(lambda d: ntk(solve_ntk_in_single, d))],
+    "geometry.ntk_solvers.solver_for": [Entry(lambda d: ntk(isopo.solver_for(0.1, d.gram()), d))],
     "geometry.ntk_solvers.solve_ntk_by_eigenvalues": [Entry(lambda d: ntk(isopo.solve_ntk_by_eigenvalues, d))],
     "geometry.ntk_solvers.solve_ntk_by_columns": [Entry(by_columns)],
     "geometry.ntk_solvers.over_scale": [
@@ -353,7 +361,14 @@ ENTRIES: dict[str, list[Entry]] = {
     "geometry.gram.sketched_gradients": [
         Entry(lambda d: gram.sketched_gradients(*factors(d), sketch_of(d)), half=True)
     ],
-    "geometry.gram.sketched": [Entry(lambda d: gram.sketched(*factors(d), sketch_of(d)), half=True)],
+    "geometry.gram.sketched": [
+        Entry(lambda d, kind=kind: gram.sketched(*factors(d), sketch_of(d, kind)), half=True)  # type: ignore[misc]
+        for kind in sketches.KINDS
+    ],
+    "geometry.sketches.project": [
+        Entry(lambda d, kind=kind: sketches.project(factors(d)[1], sketch_of(d, kind).right), half=True)  # type: ignore[misc]
+        for kind in sketches.KINDS
+    ],
     "tasks.bandit.ContextualBandit.log_policy": [Entry(lambda d: d.bandit().log_policy(d.policy()))],
     "tasks.bandit.ContextualBandit.expected_return": [
         Entry(lambda d: d.bandit().expected_return(d.policy()), size=lambda unit: unit)
@@ -374,7 +389,9 @@ ENTRIES: dict[str, list[Entry]] = {
 }
 # Counts and choices, made of sizes alone; and draws of random numbers, which no other dtype repeats.
 WITHOUT_NUMBERS = {
-    f"geometry.gram.{name}" for name in ("dense_cost", "ghost_cost", "cheaper", "draw_projection", "draw_sketch")
+    *(f"geometry.gram.{name}" for name in ("dense_cost", "ghost_cost", "cheaper")),
+    *(f"geometry.sketches.{name}" for name in ("draw_projection", "draw_sketch", "random_signs", "columns_of")),
+    "geometry.sketches.SignProjection.dense",
 }
 
 

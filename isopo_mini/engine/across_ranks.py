@@ -75,7 +75,6 @@ class GatheredGradients:
 
     def gram(self) -> Float[Tensor, "S S"]:
         """K̂ of all sequences, from the sketches of all processes."""
-        self.local.resources.workspace.start_layer()
         features = torch.cat([at_least_float32(part.flatten(1)) for part in self.local.sketched_parts()], dim=1)
         return self.local.resources.unscaled(grams.inner_products(self.ranks.gather(features)), 2)
 

@@ -44,16 +44,18 @@ class Isopo:
         model: any module whose layers keep the sequence axis first, inputs `(S, …, features)`, or flatten it in a way
             that can be followed; see `segments`.
         transform: `NTK(…)`, `FisherNormalized(…)` or `LayerScaled()`.
-        gram: how the Gram matrix of a weight is made: `"dense"`, `"ghost"`, `"auto"` (whichever of the two takes less
-            time, by the multiplications and the memory it goes through) or `"sketched"`.
+        gram: how the Gram matrix of a weight is made. Exactly: `"dense"`, `"ghost"`, or `"auto"`, whichever of the two
+            takes less time, by the multiplications and the memory it goes through. As an estimate: `"sketched"`, from
+            Gaussian projections, or `"signs"`, from sums with random signs, faster and closer; see
+            `geometry.sketches`. `"fast"`: as with `"auto"`, but by `"signs"` where that takes less than half the time.
         gram_bytes: with `"auto"`, what all the G_s of a weight may take together; where they would take more, the path
             is `"ghost"`. None: as much as they need.
-        sketch_size: k of the sketched Gram matrix.
+        sketch_size: k of the estimates.
         layers: `"separate"`: one set of coefficients a layer. `"together"`: one for the whole model, from the sum of
             all Gram matrices; backpropagation then holds every layer's factors until its end.
         process_group: of `torch.distributed`, whose processes share Gram matrices: with R processes of s sequences each
-            takes the step of one process with R·s. Needs `gram="sketched"`; see `across_ranks`. None: each process has
-            its own Gram matrices.
+            takes the step of one process with R·s. Needs a sketch, `gram="sketched"` or `"signs"`; see `across_ranks`.
+            Without one (None) each process has its own Gram matrices.
         decay: of the moving averages.
         seed: of the sketches and of the sampled tokens; the same in all processes of the group.
         copy_bytes: where no handler covers what is done with a parameter, each sequence gets a copy of it, as long as
@@ -85,8 +87,10 @@ class Isopo:
         checks.require_choice("gram", gram, PATHS)
         checks.require_choice("layers", layers, ("separate", "together"))
         checks.require_at_least("sketch_size", sketch_size, 1)
-        if process_group is not None and gram != "sketched":
-            raise ValueError(f"gram: expected 'sketched' with a process group, since sketches travel, got '{gram}'")
+        if process_group is not None and gram not in ("sketched", "signs"):
+            raise ValueError(
+                f"gram: expected 'sketched' or 'signs' with a process group, since sketches travel, got '{gram}'"
+            )
         self.model = model
         self.transform = transform
         if gram_bytes is not None:

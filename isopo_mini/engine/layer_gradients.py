@@ -9,7 +9,8 @@ and what leaves is not: it is on its way to whoever scaled the loss.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from functools import cached_property
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,9 +19,12 @@ from torch import Tensor
 from isopo_mini.engine.parameter_gradients import MatrixGradients, VectorGradients, sum_of
 from isopo_mini.engine.workspace import Workspace
 from isopo_mini.geometry import gram as grams
+from isopo_mini.geometry.sketches import Projection, Sketch, draw_projection, project, random_signs
 from isopo_mini.precision import at_least_float32
 
-PATHS = ("auto", "dense", "ghost", "sketched")
+PATHS = ("auto", "dense", "ghost", "sketched", "signs", "fast")
+# Paths that project the gradients, and how; `"fast"` does so in the layers where that takes the least.
+SKETCHES = {"sketched": "gaussian", "signs": "signs", "fast": "signs"}
 # A gradient that is zero comes out as a sum that does not quite cancel: up to 5 ε times the root of the sum of squares
 # in single and double precision, a third of ε in bfloat16 (attention of 1 to 4 layers, 6 to 512 positions). What is no
 # longer than the first number times ε, or the second in half precision, is taken for zero.
@@ -58,7 +62,7 @@ class Resources:
         self.relative_rounding = 0.0  # of the coarsest numbers that the backward pass has come by
         self._generator_of = generator_of
         self._token_mask = token_mask
-        self._projections: dict[tuple[str, int, torch.dtype, torch.device], Tensor] = {}
+        self._projections: dict[tuple[str, int, torch.dtype, torch.device], Projection] = {}
         self._tokens: dict[tuple[torch.Size, int, torch.device], Tensor] = {}
 
     def unscaled(self, values: Tensor, degree: int) -> Tensor:
@@ -69,18 +73,29 @@ class Resources:
             values = values / self.loss_scale
         return values
 
-    def projection(self, side: str, length: int, like: Tensor) -> Tensor:
-        """A Gaussian projection of `length` numbers to k. Weights with a side of the same length share it."""
+    def projection(self, side: str, length: int, like: Tensor) -> Projection:
+        """A projection of `length` numbers to k. Weights with a side of the same length share it."""
         key = (side, length, like.dtype, like.device)
         if key not in self._projections:
-            self._projections[key] = grams.draw_projection(
-                self.sketch_size, length, like, self._generator_of(like.device)
+            self._projections[key] = draw_projection(
+                self.sketch_size, length, like, self._generator_of(like.device), SKETCHES[self.path]
             )
         return self._projections[key]
 
-    def sketch(self, rows: int, columns: int, like: Tensor) -> grams.Sketch:
+    def bias_column(self, like: Tensor) -> Float[Tensor, "_"]:
+        """Q's column for the constant input 1 that a bias is the weight of, as long as Q's other columns."""
+        key = ("bias", 1, like.dtype, like.device)
+        if key not in self._projections:
+            generator, size = self._generator_of(like.device), self.sketch_size
+            if SKETCHES[self.path] == "signs":
+                self._projections[key] = random_signs((size, 1), like, generator) / size**0.5
+            else:
+                self._projections[key] = draw_projection(size, 1, like, generator)
+        return cast(Tensor, self._projections[key])[:, 0]
+
+    def sketch(self, rows: int, columns: int, like: Tensor) -> Sketch:
         """The projections for a weight of shape `(rows, columns)`. The two sides are independent."""
-        return grams.Sketch(
+        return Sketch(
             self.projection("left", rows, like) if rows > self.sketch_size else None,
             self.projection("right", columns, like) if columns > self.sketch_size else None,
         )
@@ -141,6 +156,39 @@ class LayerGradients:
     parameters: dict[str, MatrixGradients | VectorGradients]
     resources: Resources
 
+    def __post_init__(self) -> None:
+        self.resources.workspace.start_layer()
+
+    @property
+    def _parts(self) -> list[MatrixGradients | VectorGradients]:
+        """Those of every parameter."""
+        return list(self.parameters.values())
+
+    @cached_property
+    def path(self) -> str:
+        """How K is made here: `"fast"` is `"signs"` where that takes less than half of the time, else `"auto"`."""
+        resources = self.resources
+        if resources.path != "fast":
+            return resources.path
+        matrices = [part for part in self._parts if isinstance(part, MatrixGradients)]
+        exact = sum(matrix.exact_cost(resources.most_bytes) for matrix in matrices)
+        sketched = sum(matrix.sketched_cost(resources.sketch_size) for matrix in matrices)
+        return "signs" if 2 * sketched < exact else "auto"
+
+    @property
+    def is_sketched(self) -> bool:
+        """Is K an estimate, from projections?"""
+        return self.path in SKETCHES
+
+    @property
+    def sketched_size(self) -> int:
+        """Entries of one Ĝ_s, all pieces together, if every bias goes through the projections of its weight."""
+        size = self.resources.sketch_size
+        matrices = [part for part in self._parts if isinstance(part, MatrixGradients)]
+        if not matrices:
+            return sum(part.size for part in self._parts)
+        return sum(min(matrix.rows, size) * (min(matrix.columns, size) + 1) for matrix in matrices)
+
     def gram(self) -> Float[Tensor, "S S"]:
         """K_ss' = ⟨G_s, G_s'⟩, summed over the parameters of the layer."""
         return self.resources.unscaled(self._gram(), 2)
@@ -148,31 +196,32 @@ class LayerGradients:
     def few_columns(self) -> Float[Tensor, "S P"] | None:
         """G, one row a sequence, where the layer has at most half as many parameters as there are sequences; else None.
 
-        GᵀG is then the smaller matrix and says all that K = GGᵀ says. Not where a sketch or products of positions were
-        asked for by name.
+        GᵀG is then the smaller matrix and says all that K = GGᵀ says. Sketches of random signs are taken for G where
+        they are asked for and short enough. Not where Gaussian ones or products of positions were asked for by name.
         """
-        parts = list(self.parameters.values())
-        if self.resources.path not in ("auto", "dense") or 2 * sum(part.size for part in parts) > self.num_sequences:
+        workspace = self.resources.workspace
+        most = self.num_sequences // 2
+        if self.resources.path in ("auto", "dense", "fast") and sum(part.size for part in self._parts) <= most:
+            formed = [
+                part.form(workspace) if isinstance(part, MatrixGradients) else part.form() for part in self._parts
+            ]
+        elif self.path == "signs" and self.sketched_size <= most:
+            formed = self.sketched_parts()
+        else:
             return None
-        self.resources.workspace.start_layer()
-        formed = [
-            part.form(self.resources.workspace).flatten(1) if isinstance(part, MatrixGradients) else part.form()
-            for part in parts
-        ]
-        columns = torch.cat([at_least_float32(gradients) for gradients in formed], dim=1)
-        return self.resources.unscaled(columns, 1)
+        columns = [at_least_float32(gradients.flatten(1)) for gradients in formed]
+        return self.resources.unscaled(columns[0] if len(columns) == 1 else torch.cat(columns, dim=1), 1)
 
     def _gram(self) -> Float[Tensor, "S S"]:
         """K as the gradients came."""
         resources = self.resources
-        resources.workspace.start_layer()
-        if resources.path == "sketched":
+        if self.is_sketched:
             return sum_of([grams.inner_products(part) for part in self.sketched_parts()])
         matrices = [part for part in self.parameters.values() if isinstance(part, MatrixGradients)]
         vectors = [part for part in self.parameters.values() if isinstance(part, VectorGradients)]
         parts = []
         for matrix in matrices:
-            path = matrix.path(resources.path, resources.most_bytes)
+            path = matrix.path(self.path, resources.most_bytes)
             biases = [vector for vector in vectors if path == "ghost" and matrix.has_bias(vector)][:1]
             vectors = [vector for vector in vectors if vector not in biases]
             parts.append(matrix.gram(path, resources.workspace, bias=bool(biases)))
@@ -196,12 +245,11 @@ class LayerGradients:
             sketched = matrix.sketched(sketch)  # (S, k, l)
             for bias in [vector for vector in vectors if vector.form().shape[1] == matrix.rows]:
                 vectors.remove(bias)
-                column = bias.form() if sketch.left is None else bias.form() @ sketch.left.to(like.dtype).T  # (S, k)
+                column = bias.form() if sketch.left is None else project(bias.form(), sketch.left)  # (S, k)
                 if sketch.right is None:
                     sketched = torch.cat([sketched, column[:, :, None]], dim=2)
                 else:
-                    entries = self.resources.projection("bias", 1, like)[:, 0]  # Q's column for the constant input
-                    sketched = torch.addcmul(sketched, column[:, :, None], entries)
+                    sketched = torch.addcmul(sketched, column[:, :, None], self.resources.bias_column(like))
             parts.append(sketched)
         return parts + [vector.form() for vector in vectors]
 
@@ -219,7 +267,7 @@ class LayerGradients:
 
     def rounding(self, from_gram: bool) -> Float[Tensor, "S"] | None:
         """See `LayerGeometry`."""
-        parts, resources = list(self.parameters.values()), self.resources
+        parts, resources = self._parts, self.resources
         for part in parts:  # under autocast a sum in single precision may be one of numbers from half precision
             units = HALF_ROUNDING if part.dtype in grams.HALF_PRECISION else ROUNDING
             resources.relative_rounding = max(resources.relative_rounding, units * torch.finfo(part.dtype).eps)
@@ -228,7 +276,7 @@ class LayerGradients:
         squares = []
         for part in parts:
             of_square = resources.relative_rounding**2
-            if from_gram and isinstance(part, MatrixGradients) and part.formed is None and resources.path != "sketched":
+            if from_gram and isinstance(part, MatrixGradients) and part.formed is None and not self.is_sketched:
                 of_square += ROUNDING * torch.finfo(torch.promote_types(part.dtype, torch.float32)).eps
             squares.append(of_square * part.squared_sizes())
         rounding = sum_of(squares).sqrt()
@@ -242,13 +290,18 @@ class LayerGradients:
 
     def combine(self, coefficients: Float[Tensor, "S"]) -> dict[str, Tensor]:
         """Σ_s c_s G_s, for every parameter."""
-        dtypes = {part.dtype for part in self.parameters.values()}
+        dtypes = {part.dtype for part in self._parts}
         if dtypes.isdisjoint(grams.HALF_PRECISION):
-            return {name: part.combine(coefficients) for name, part in self.parameters.items()}
+            return self._combine(coefficients)
         # Half precision ends at 65,504, and c_s = A_s/‖G_s‖_F may be larger: c goes in units of its largest entry.
         unit = coefficients.abs().amax().clamp_min(torch.finfo(coefficients.dtype).tiny)
-        combined = {name: part.combine(coefficients / unit) for name, part in self.parameters.items()}
+        combined = self._combine(coefficients / unit)
         return {name: at_least_float32(gradient) * unit for name, gradient in combined.items()}
+
+    def _combine(self, coefficients: Float[Tensor, "S"]) -> dict[str, Tensor]:
+        """Σ_s c_s G_s in the precision of the factors."""
+        workspace = self.resources.workspace
+        return {name: part.combine(coefficients, workspace) for name, part in self.parameters.items()}
 
     def _shape_of_uses(self) -> tuple[torch.Size, torch.device]:
         """(S, T) of every use of the layer, and where they are."""

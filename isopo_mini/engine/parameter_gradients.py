@@ -88,13 +88,34 @@ class MatrixGradients:
         """
         if wanted != "auto":
             return wanted
-        sequences, positions = self.rights[0].shape[0], sum(right.shape[1] for right in self.rights)
-        size = sequences * self.size * self.rights[0].element_size()
-        if most_bytes is not None and size > most_bytes:
+        if most_bytes is not None and self._bytes > most_bytes:
             return "ghost"
-        moved = MOVED * sequences * self.size if size > CACHE else 0
-        dense = grams.dense_cost(sequences, positions, self.rows, self.columns) + moved
-        return "dense" if dense <= grams.ghost_cost(sequences, positions, self.rows, self.columns) else "ghost"
+        return "dense" if self._dense_cost <= self._ghost_cost else "ghost"
+
+    def exact_cost(self, most_bytes: int | None) -> int:
+        """Of the path that `"auto"` takes, in multiplications."""
+        return self._dense_cost if self.path("auto", most_bytes) == "dense" else self._ghost_cost
+
+    def sketched_cost(self, size: int) -> int:
+        """Of a sketch of random signs, in multiplications. Reading a factor's entries once is counted as they are."""
+        sequences, positions = self.num_sequences, self.num_terms
+        read = sum(length for length in (self.rows, self.columns) if length > size) * sequences * positions * MOVED // 3
+        rows, columns = min(self.rows, size), min(self.columns, size)
+        return read + sequences * positions * rows * columns + sequences**2 * rows * columns
+
+    @property
+    def _bytes(self) -> int:
+        """What all G_s take."""
+        return self.num_sequences * self.size * self.rights[0].element_size()
+
+    @property
+    def _dense_cost(self) -> int:
+        moved = MOVED * self.num_sequences * self.size if self._bytes > CACHE else 0
+        return grams.dense_cost(self.num_sequences, self.num_terms, self.rows, self.columns) + moved
+
+    @property
+    def _ghost_cost(self) -> int:
+        return grams.ghost_cost(self.num_sequences, self.num_terms, self.rows, self.columns)
 
     def gram(self, path: str, workspace: Workspace, bias: bool = False) -> Tensor:
         """K, `(S, S)`. With `bias` (ghost path) that of weight and bias together."""
@@ -155,8 +176,9 @@ class MatrixGradients:
         ]
         return overlaps, sum_of(squares)[:, 0]
 
-    def combine(self, coefficients: Float[Tensor, "S"]) -> Float[Tensor, "o i"]:
-        """Σ_s c_s G_s."""
+    def combine(self, coefficients: Float[Tensor, "S"], workspace: Workspace | None = None) -> Float[Tensor, "o i"]:
+        """Σ_s c_s G_s. The weighted factors are written to the workspace, where there is one."""
+        workspace = Workspace() if workspace is None else workspace
         if self.formed is not None:
             flat = self.formed.flatten(1)
             return (coefficients.to(flat.dtype) @ flat).view(self.rows, self.columns)
@@ -165,7 +187,10 @@ class MatrixGradients:
             weights = coefficients.to(right.dtype)[:, None, None]
             if left.is_floating_point():
                 # The shorter of the two factors carries the coefficients.
-                left, right = (left * weights, right) if self.rows < self.columns else (left, right * weights)
+                if self.rows < self.columns:
+                    left = torch.mul(left, weights.to(left.dtype), out=workspace.take(left.shape, left))
+                else:
+                    right = torch.mul(right, weights, out=workspace.take(right.shape, right))
                 parts.append(left.flatten(0, 1).T @ right.flatten(0, 1))
             else:
                 rows = right.new_zeros(self.rows, self.columns)
@@ -250,8 +275,8 @@ class VectorGradients:
         )
         return at_least_float32(self.form()) @ tokens.T, tokens.square().sum(dim=1)
 
-    def combine(self, coefficients: Float[Tensor, "S"]) -> Float[Tensor, "d"]:
-        """Σ_s c_s G_s."""
+    def combine(self, coefficients: Float[Tensor, "S"], workspace: Workspace | None = None) -> Float[Tensor, "d"]:
+        """Σ_s c_s G_s. Nothing is written to the workspace."""
         formed = self.form()
         return coefficients.to(formed.dtype) @ formed
 

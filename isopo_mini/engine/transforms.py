@@ -117,13 +117,12 @@ class NTK:
         if columns is not None and isopo.is_above_rounding(self.damping, columns):
             eigenvalue = columns.double().square().sum() / len(columns)
             damping = self.damping * averages.blend("eigenvalue", eigenvalue.to(columns.dtype))
-            coefficients = isopo.solve_ntk_by_columns(columns, advantages, damping)
+            single = isopo.is_single_enough(self.damping, columns)
+            coefficients = isopo.solve_ntk_by_columns(columns, advantages, damping, single)
         else:
             gram = layer.gram()
             damping = self.damping * averages.blend("eigenvalue", isopo.mean_eigenvalue(gram))
-            above_rounding = isopo.is_above_rounding(self.damping, gram)
-            solver = isopo.solve_ntk if above_rounding else isopo.solve_ntk_by_eigenvalues
-            coefficients = solver(gram, advantages, damping)
+            coefficients = isopo.solver_for(self.damping, gram)(gram, advantages, damping)
         if self.spectra:
             if columns is not None:
                 gram = columns.double().mT @ columns.double()  # GᵀG has the eigenvalues of GGᵀ, but for zeros

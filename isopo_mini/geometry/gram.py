@@ -12,14 +12,15 @@ The Gram matrix K_ss' = ⟨G_s, G_s'⟩ is the layer's empirical neural tangent 
 `ghost` only inner products of positions, `sketched` random projections of G_s.
 """
 
-import math
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from isopo_mini import checks
+from isopo_mini.geometry.sketches import Sketch as Sketch
+from isopo_mini.geometry.sketches import columns_of, project
+from isopo_mini.geometry.sketches import draw_projection as draw_projection
+from isopo_mini.geometry.sketches import draw_sketch as draw_sketch
 
 # Entries of the two (positions × positions) blocks that `ghost` holds at once: 2²⁰ floats are 4 MB each.
 GHOST_BLOCK = 2**20
@@ -28,47 +29,8 @@ HALF_PRECISION = (torch.float16, torch.bfloat16)
 # Entries of a gradient whose products single precision may add up: the sum of 28 million is off by 8e-3 for S = 4,
 # sums of 4,096 added up in double precision by 1e-8, in no more time.
 SUMMED_AT_ONCE = 2**12
-
-
-@dataclass(frozen=True)
-class Sketch:
-    """Gaussian projections Ĝ_s = P G_s Qᵀ. A side that is no longer than k is kept as it is (None).
-
-    Args:
-        left: P, `(k, o)` with entries N(0, 1/k), or None.
-        right: Q, `(k, i)` with entries N(0, 1/k), or None.
-    """
-
-    left: Float[Tensor, "k o"] | None
-    right: Float[Tensor, "k i"] | None
-
-
-def draw_projection(
-    size: int, length: int, like: Float[Tensor, "..."], generator: torch.Generator | None = None
-) -> Float[Tensor, "k n"]:
-    """`(k, length)` with entries N(0, 1/k), so that the expectation of PᵀP is the identity.
-
-    Raises:
-        ValueError: `size` is less than 1.
-    """
-    if size < 1:
-        raise ValueError(f"size: expected at least 1, got {size}")
-    return torch.randn(size, length, dtype=like.dtype, device=like.device, generator=generator) / math.sqrt(size)
-
-
-def draw_sketch(
-    size: int, rows: int, columns: int, like: Float[Tensor, "..."], generator: torch.Generator | None = None
-) -> Sketch:
-    """Draw the two projections for a weight of shape `(rows, columns)`, with the dtype and device of `like`.
-
-    Args:
-        size: k, the length that each side of G_s is projected to. A side that is no longer than k is kept.
-
-    Raises:
-        ValueError: `size` is less than 1.
-    """
-    sides = [draw_projection(size, length, like, generator) if length > size else None for length in (rows, columns)]
-    return Sketch(*sides)
+# From so many sequences on half of the inner products in single calls are faster than all of them in one.
+MANY_ROWS = 256
 
 
 def per_sequence_gradients(
@@ -104,13 +66,23 @@ def inner_products(gradients: Float[Tensor, "S ..."]) -> Float[Tensor, "S S"]:
     size = flat.shape[1]
     whole = size // SUMMED_AT_ONCE
     if whole < 2 or flat.dtype == torch.float64:
-        return flat @ flat.T
+        return flat @ flat.T if len(flat) < MANY_ROWS else _with_its_transpose(flat)
     end = whole * SUMMED_AT_ONCE
     blocks = flat[:, :end].unflatten(1, (whole, SUMMED_AT_ONCE)).transpose(0, 1)  # (blocks, S, entries), no copy
     total = torch.bmm(blocks, blocks.mT).sum(dim=0, dtype=torch.float64)
     if end < size:
         total += flat[:, end:] @ flat[:, end:].T
     return total.to(flat.dtype)
+
+
+def _with_its_transpose(rows: Float[Tensor, "S n"]) -> Float[Tensor, "S S"]:
+    """The rows' inner products: the lower triangle in four strips, mirrored; five eighths of the multiplications."""
+    product = rows.new_zeros(len(rows), len(rows))
+    height = -(-len(rows) // 4)
+    for start in range(0, len(rows), height):
+        strip = slice(start, start + height)
+        product[start:, strip] = rows[start:] @ rows[strip].T
+    return product.tril() + product.tril(-1).T
 
 
 def dense(
@@ -198,12 +170,12 @@ def sketched_gradients(
     """Ĝ_s = Σ_t (P left_st)(Q right_st)ᵀ. Linear in G_s, so sketches of parts add up when they share P and Q."""
     _check_pair(left, right)
     if sketch.right is not None:
-        right = right @ sketch.right.to(right.dtype).T
+        right = project(right, sketch.right)
     if left.is_floating_point():
         if sketch.left is not None:
-            left = left @ sketch.left.to(left.dtype).T
+            left = project(left, sketch.left)
     elif sketch.left is not None:
-        left = sketch.left.to(right.dtype).T[left]  # P times a one-hot vector is a column of P
+        left = columns_of(sketch.left, left, right.dtype)
     else:
         raise ValueError("sketch.left: expected a projection, since left holds indices, got None")
     return torch.bmm(left.transpose(1, 2), right)

@@ -18,10 +18,12 @@ from torch import Tensor
 from isopo_mini import checks
 from isopo_mini.geometry.ntk_solvers import in_precision_of
 from isopo_mini.geometry.ntk_solvers import is_above_rounding as is_above_rounding
+from isopo_mini.geometry.ntk_solvers import is_single_enough as is_single_enough
 from isopo_mini.geometry.ntk_solvers import over_scale as over_scale
 from isopo_mini.geometry.ntk_solvers import solve_ntk as solve_ntk
 from isopo_mini.geometry.ntk_solvers import solve_ntk_by_columns as solve_ntk_by_columns
 from isopo_mini.geometry.ntk_solvers import solve_ntk_by_eigenvalues as solve_ntk_by_eigenvalues
+from isopo_mini.geometry.ntk_solvers import solver_for as solver_for
 from isopo_mini.precision import at_least_float32, common_dtype, euclidean_norm, require_fits
 
 NTK_SCALES = ("gradient", "natural")

@@ -48,7 +48,8 @@ class IsopoGRPOTrainer(GRPOTrainer):
         microbatches: which sequences share a microbatch, and with it a Gram matrix. `"shuffled"`: as trl deals them, at
             random over the generation batch. `"groups"`: the answers to one prompt stay together, in the order in which
             they were generated; `per_device_train_batch_size` must then be a multiple of `num_generations`.
-        isopo_options: further arguments of `Isopo`, such as `{"gram": "sketched"}`.
+        isopo_options: further arguments of `Isopo`, such as `{"gram": "fast"}` for a step that costs little more
+            than trl's own.
         options: see `arguments`.
 
     Raises:

@@ -143,8 +143,9 @@ class LayerwiseIsopo:
         advantages: computes A from the batch, `(S,)`; for the units "step" and "token" it may be `(S, T)`.
         microbatch_size: units in a microbatch. Each is transformed on its own, then all are summed; the whole batch
             when None.
-        gram: `"auto"`, `"dense"`, `"ghost"` or `"sketched"`.
-        sketch_size: k of the sketched Gram matrix.
+        gram: how Gram matrices are made, see `engine.Isopo`. The default estimates them where that is much faster;
+            `"auto"` is exact everywhere, and is what a specification of `rule_specs` means unless it says otherwise.
+        sketch_size: k of the estimates.
         layers: `"separate"`, or `"together"` for one set of coefficients for the whole policy.
         seed: of sketches and sampled tokens.
         unit: what has one gradient, one row of K and one coefficient: `"sequence"`, `"step"` or `"token"`. With tokens
@@ -156,7 +157,7 @@ class LayerwiseIsopo:
     transform: Transform
     advantages: Advantages = batch_advantages
     microbatch_size: int | None = None
-    gram: str = "auto"
+    gram: str = "fast"
     sketch_size: int = 32
     layers: str = "separate"
     seed: int = 0

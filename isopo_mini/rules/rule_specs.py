@@ -10,6 +10,9 @@ surrogates, and five of every rule or of most:
 - `reuse=K`: a one-step rule applied K times to the same batch, which is stale from the second time on.
 - `step=kl`: the step size is not the optimizer's learning rate but δ, in nats a position: see `kl_steps.KLTargeted`.
   Not of TRPO, whose step size is such a δ anyway.
+
+Records are filed under specifications, so what one means never changes, though a class's default may: `"ntk"` has exact
+Gram matrices, as it had when the book's records were made, and `"ntk:gram=fast"` is what `NtkIsopo()` does.
 """
 
 import inspect
@@ -65,8 +68,8 @@ def _surrogate(loss: str, advantages: str | None = None, by_step: bool = False) 
 RULES: dict[str, NamedRule] = {
     "reinforce": NamedRule(Reinforce, {}),
     "layer_scaled": NamedRule(LayerScaledReinforce, {}),
-    "fisher": NamedRule(FisherNormalizedIsopo, {}),
-    "ntk": NamedRule(NtkIsopo, {}),
+    "fisher": NamedRule(FisherNormalizedIsopo, {"gram": "auto"}),
+    "ntk": NamedRule(NtkIsopo, {"gram": "auto"}),
     "exact_fisher": NamedRule(ExactFisherIsopo, {}),
     "npg": NamedRule(NaturalGradient, {"solver": "cg", "damping": 0.1, "max_iterations": 20, "tolerance": 1e-3}),
     "rank_one": NamedRule(RankOneNaturalGradient, {}),

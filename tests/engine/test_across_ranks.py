@@ -139,7 +139,9 @@ def test_sketches_travel_and_nothing_else_does(tmp_path: Path) -> None:
     try:
         policy, group = make_policy(), dist.group.WORLD
         for gram in ("auto", "dense", "ghost"):
-            with pytest.raises(ValueError, match=f"gram: expected 'sketched' with a process group.*got '{gram}'"):
+            with pytest.raises(
+                ValueError, match=f"gram: expected 'sketched' or .signs. with a process group.*got '{gram}'"
+            ):
                 Isopo(policy, NTK(), gram=gram, process_group=group)
         isopo = Isopo(policy, FisherNormalized("token"), gram="sketched", process_group=group)
         with pytest.raises(ValueError, match="norm: expected 'sequence' where Gram matrices are shared"):

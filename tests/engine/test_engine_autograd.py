@@ -67,7 +67,7 @@ def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor], tolerance:
 # --- Limits ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gram", ["dense", "ghost", "sketched"])
+@pytest.mark.parametrize("gram", ["dense", "ghost", "sketched", "signs"])
 def test_large_damping_is_reinforce(gram: str) -> None:
     policy = make_policy(tied_head=True)
     tokens, advantages = make_data()
@@ -109,7 +109,7 @@ def test_identical_sequences_and_one_sequence_alone(transform: Any) -> None:
 
 
 @pytest.mark.parametrize("transform", [NTK(0.3), FisherNormalized(), FisherNormalized("token")], ids=str)
-@pytest.mark.parametrize("gram", ["dense", "ghost", "sketched"])
+@pytest.mark.parametrize("gram", ["dense", "ghost", "sketched", "signs"])
 def test_the_order_of_sequences_does_not_matter(transform: Any, gram: str) -> None:
     policy = make_policy()
     tokens, advantages = make_data()
@@ -123,7 +123,7 @@ def test_the_order_of_sequences_does_not_matter(transform: Any, gram: str) -> No
 
 
 @pytest.mark.parametrize("transform", [NTK(0.3), FisherNormalized(), FisherNormalized("token")], ids=str)
-@pytest.mark.parametrize("gram", ["dense", "ghost", "sketched"])
+@pytest.mark.parametrize("gram", ["dense", "ghost", "sketched", "signs"])
 def test_padding_does_not_matter(transform: Any, gram: str) -> None:
     """Three more positions of padding on the right, masked out of the loss: the same gradient."""
     policy = make_policy()
@@ -431,8 +431,10 @@ def test_a_registered_handler_is_used() -> None:
 @pytest.mark.usefixtures("unchecked")
 def test_errors_say_what_was_expected_and_what_came() -> None:
     model = nn.Linear(3, 2)
-    with pytest.raises(ValueError, match=r"gram: expected one of auto, dense, ghost, sketched, got 'fast'"):
-        Isopo(model, NTK(1.0), gram="fast")
+    with pytest.raises(
+        ValueError, match=r"gram: expected one of auto, dense, ghost, sketched, signs, fast, got 'quick'"
+    ):
+        Isopo(model, NTK(1.0), gram="quick")
     with pytest.raises(ValueError, match=r"layers: expected one of separate, together, got 'all'"):
         Isopo(model, NTK(1.0), layers="all")
     with pytest.raises(ValueError, match=r"decay: expected a number in \[0, 1\), got 1.0"):

@@ -105,7 +105,7 @@ def test_states_that_are_assigned_inside_of_a_block_are_named() -> None:
         assert_exact({"0.weight": model[0].weight.detach()}, {"0.weight": state["0.weight"]})
 
 
-@pytest.mark.parametrize("gram", ["dense", "ghost", "sketched"])
+@pytest.mark.parametrize("gram", ["dense", "ghost", "sketched", "signs"])
 @pytest.mark.parametrize("transform", [NTK(0.3), FisherNormalized("token")], ids=str)
 def test_tokens_of_32_bits(transform: Any, gram: str) -> None:
     model, tokens = nn.Sequential(nn.Embedding(9, WIDTH), nn.Linear(WIDTH, 9)).double(), torch.randint(9, (S, T))

@@ -142,7 +142,7 @@ def test_a_layer_written_as_a_times_its_weight_takes_the_same_step(transform: st
         assert relative_error(factor_here * one, other) < 1e-10, name
 
 
-@pytest.mark.parametrize("gram", ["dense", "ghost", "sketched"])
+@pytest.mark.parametrize("gram", ["dense", "ghost", "sketched", "signs"])
 def test_so_it_does_however_the_gram_matrix_is_made(gram: str) -> None:
     expected, _ = changes(make(), NTK(1.0, "natural"), gram=gram, sketch_size=3)
     found, _ = changes(rewrite(make(), "1", Rewritten, 50.0), NTK(1.0, "natural"), gram=gram, sketch_size=3)

@@ -56,7 +56,7 @@ def unscaled_step(transform: Any, gram: str = "auto", dtype: torch.dtype = torch
 
 
 @pytest.mark.parametrize("scale", [2.0**-12, 1024.0, 65536.0, 2.0**24, 3.7])
-@pytest.mark.parametrize("gram", ["dense", "ghost", "sketched"])
+@pytest.mark.parametrize("gram", ["dense", "ghost", "sketched", "signs"])
 @EVERY_TRANSFORM
 def test_the_recipe_of_a_grad_scaler_leaves_the_step_alone(transform: Any, gram: str, scale: float) -> None:
     """scale → backward → unscale_, without a word to the engine. The update was s⁻² times too short."""

@@ -33,7 +33,7 @@ DIVIDING = [FisherNormalized(), FisherNormalized("token"), FisherNormalized("tok
 DIVIDING += [FisherNormalized(scale="natural"), NTK(1.0, scale="natural")]  # type: ignore[list-item]
 
 
-@pytest.mark.parametrize("gram", ["auto", "ghost", "sketched"])
+@pytest.mark.parametrize("gram", ["auto", "ghost", "sketched", "signs", "fast"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("transform", DIVIDING, ids=str)
 def test_rounding_is_not_blown_up_to_a_step(transform: Any, dtype: torch.dtype, gram: str) -> None:
