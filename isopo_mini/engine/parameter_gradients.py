@@ -300,7 +300,7 @@ def _precise(factors: Tensor) -> Tensor:
 
 
 def _dense_left(left: Tensor, rows: int, like: Tensor) -> Tensor:
-    """Left vectors as vectors: a one-hot vector is written out."""
+    """Left vectors as vectors: a one-hot vector is written out. `one_hot` would look at the largest index."""
     if left.is_floating_point():
         return left
-    return torch.nn.functional.one_hot(left, rows).to(like.dtype)
+    return (left.unsqueeze(-1) == torch.arange(rows, device=left.device)).to(like.dtype)
