@@ -4,7 +4,8 @@
 
 Time: an MLP 8→256→4 and N=64 samples, all layers' Gram matrices by the engine, against `torch.func.vmap(grad)` and JJᵀ.
 Two more rows say what could be had: one forward and backward pass alone, which any engine has to make, and the
-formula derived by hand for this one network.
+formula derived by hand for this one network. Opacus, BackPACK and JAX stand beside it where `.[benchmarks]` installed
+them.
 Memory: a transformer of width 512, S=64: the most that lives at once in one step beyond parameters, gradients and data,
 counted from the tensors' storages.
 """
@@ -17,6 +18,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from other_libraries import by_other_libraries
 from timing import ratio, rounds_of
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
@@ -109,9 +111,10 @@ def time_of_gram_matrices(rounds: int, device: torch.device) -> list[dict[str, o
         first_delta = (last_delta @ last.weight) * (1.0 - hidden.square())
         return sum((x @ x.T + 1.0) * (d @ d.T) for x, d in ((observations, first_delta), (hidden, last_delta)))
 
-    for gram in (by_engine, by_hand):  # the same matrix, in float32
+    others = by_other_libraries(policy, observations, actions) if device.type == "cpu" else {}
+    for gram in (by_engine, by_hand, *others.values()):  # the same matrix, in float32
         torch.testing.assert_close(gram(), by_vmap(), rtol=1e-4, atol=1e-5)
-    methods = {"engine": by_engine, "forward and backward alone": forward_and_backward, "by hand": by_hand}
+    methods = {"engine": by_engine, "forward and backward alone": forward_and_backward, "by hand": by_hand} | others
     seconds = rounds_of(methods | {"vmap": by_vmap}, 20 * rounds, device, "Gram matrices")
     return [
         {
@@ -152,7 +155,7 @@ def memory_of_a_step(device: torch.device) -> list[dict[str, object]]:
 
     reference = peak(materialised)
     rows = []
-    for gram in ("dense", "ghost", "sketched"):
+    for gram in ("dense", "ghost", "sketched", "signs"):
         used = peak(step(gram))
         rows.append(
             {

@@ -21,6 +21,11 @@ from isopo_mini.engine.in_place import not_a_view
 from isopo_mini.engine.segments import Segments, from_history
 from isopo_mini.engine.sharded import is_shard
 
+# What is asked of a parameter's form. The long way round by the fallback would take longer than a small layer.
+FORM: set[Any] = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_sparse")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point),
+}
 PAST_PYTORCH = "an autograd.Function or an extension that reads its values"
 
 
@@ -179,6 +184,8 @@ class StandIn(Tensor):
         if Copied in types:
             return NotImplemented  # a handler would take it for an activation
         kwargs = kwargs or {}
+        if func in FORM and args[0].slot.shard() is None:
+            return func(args[0].slot.values, *args[1:], **kwargs)
         handler = HANDLERS.get(func)
         if handler is not None and torch.is_grad_enabled():
             result = handler(*args, **kwargs)
