@@ -7,7 +7,7 @@ MODELS := .venv-models
 COURSE := .venv-course
 
 .DEFAULT_GOAL := help
-.PHONY: help book pages pdf test models course student grade autograder portable changed margins lab serve draft lint format lock release clean
+.PHONY: help book pages pdf test models course student grade autograder portable changed margins gpu lab serve draft lint format lock release clean
 
 help:  ## List these commands
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -101,6 +101,10 @@ changed: $(INSTALLED)  ## Run what changed since the last version as on one othe
 margins: $(INSTALLED)  ## Run every chapter with four sets of seeds: by how much does each claim hold?
 	@echo "Running every chapter with four sets of seeds; every claim and its margin goes to _build/margins.csv"
 	$(BIN)/python scripts/portable.py --settings ordinary seeds+1000 seeds+2000 seeds+3000
+
+gpu: $(INSTALLED)  ## On a machine with a GPU: all measurements that want one, in under ten minutes, to results/gpu
+	@echo "Measuring on the GPU (under ten minutes)"
+	$(BIN)/python benchmarks/gpu.py
 
 lab: $(INSTALLED)  ## Open the chapters in JupyterLab
 	@echo "Starting JupyterLab on book/ (stop it with Ctrl-C)"
