@@ -20,7 +20,7 @@ def torchrun(processes: int, out: Path, *options: str) -> subprocess.CompletedPr
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += ["-m", MODULE, "--steps", "2", "--sequences", "16", *options, "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def weights(out: Path) -> Tensor:
