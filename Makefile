@@ -50,7 +50,7 @@ pdf: $(INSTALLED)  ## Print the built book with Chromium: one file, solutions at
 ON_ALL_CORES := -n logical --maxprocesses 8 --dist worksteal
 
 test: $(INSTALLED)  ## Run all tests
-	@echo "Running the tests, in a process a core"
+	@echo "Running the tests, in a process a core (under ten minutes on two)"
 	$(BIN)/python -m pytest $(ON_ALL_CORES)
 
 # Its own environment and lock: transformers, peft and trl are large, and nothing else needs them. The weights of
