@@ -63,6 +63,7 @@ def complaints(*processes: subprocess.Popen) -> list[str]:
     finally:
         for process in processes:
             process.kill()
+            process.wait()
 
 
 def seeds(folder: Path) -> list[int]:
