@@ -46,9 +46,12 @@ pdf: $(INSTALLED)  ## Print the built book with Chromium: one file, solutions at
 	@echo "Printing the built book to _build/isopo.pdf (a few minutes)"
 	$(BIN)/python scripts/make_pdf.py
 
+# A process a core, but eight at most: each takes half a gigabyte of memory. Who has finished takes over from the others.
+ON_ALL_CORES := -n logical --maxprocesses 8 --dist worksteal
+
 test: $(INSTALLED)  ## Run all tests
-	@echo "Running the tests"
-	$(BIN)/python -m pytest
+	@echo "Running the tests, in a process a core (under ten minutes on two)"
+	$(BIN)/python -m pytest $(ON_ALL_CORES)
 
 # Its own environment and lock: transformers, peft and trl are large, and nothing else needs them. The weights of
 # SmolLM2 come in a package whose other contents, and dependencies, nobody here runs.

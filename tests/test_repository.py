@@ -107,6 +107,13 @@ def test_every_command_of_the_makefile_is_explained_and_phony() -> None:
     assert {target for target in targets if f"make {target}" not in readme} <= {"clean", "help", "format"}
 
 
+def test_who_has_no_make_runs_the_tests_as_make_does() -> None:
+    recipe = re.search(r"(?m)^ON_ALL_CORES := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8")).group(1)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (typed,) = re.findall(r"(?m)^    python -m pytest (.*?) +# make test$", readme)
+    assert typed == re.sub(r" --maxprocesses \d+", "", recipe)
+
+
 def test_the_build_is_strict() -> None:
     config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
     assert config["execute"]["execute_notebooks"] == "force"

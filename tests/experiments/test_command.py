@@ -197,14 +197,16 @@ def test_killed_in_the_middle_and_started_again_it_gives_the_same_table(tmp_path
     command = [sys.executable, "-W", "error", "-m", "isopo_mini.experiments", *arguments(folder)]
     environment = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*command, "--processes", "2"], env=environment, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while len(list((folder / "records").glob("*.json"))) < 2:
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    workers = children(process.pid)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    deadline = time.monotonic() + 600  # for what hangs
+    try:
+        while len(list((folder / "records").glob("*.json"))) < 2:
+            assert process.poll() is None, process.stderr.read().decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        workers = children(process.pid)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
     while any(is_alive(worker) for worker in workers):  # they notice that their parent is gone
         assert time.monotonic() < deadline
         time.sleep(0.05)

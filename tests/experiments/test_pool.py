@@ -19,6 +19,7 @@ from isopo_mini.experiments.pool import run_all
 from isopo_mini.experiments.record_files import read_records
 from isopo_mini.experiments.runs import Run
 
+PATIENCE = 600  # seconds: what takes longer on a busy machine hangs
 SMALL = {"sequences": 8, "steps": 4, "evaluations": 2}
 # Spawned processes import the script again, so that what it does to `pool.run` holds in them too.
 SCRIPT = """
@@ -55,13 +56,23 @@ def start(folder: Path, deadly: int = -1, pause: float = 0.0) -> subprocess.Pope
     return subprocess.Popen([sys.executable, "mine.py"], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
 
 
+def complaints(*processes: subprocess.Popen) -> list[str]:
+    """What each wrote to stderr, once all have ended. Of those that hang none is left behind."""
+    try:
+        return [process.communicate(timeout=PATIENCE)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
 def seeds(folder: Path) -> list[int]:
     return sorted(record["run"]["seed"] for record in read_records(folder / "out"))
 
 
 def test_a_run_that_kills_its_process_costs_itself_alone(tmp_path: Path) -> None:
     process = start(tmp_path, deadly=1)
-    _, complaint = process.communicate(timeout=240)
+    (complaint,) = complaints(process)
     assert process.returncode == 1
     last = complaint.rstrip().splitlines()[-1]
     assert "1 of 6 runs failed, first reinforce__adamw__0.1__1.json: its process died" in last
@@ -72,9 +83,8 @@ def test_a_run_that_kills_its_process_costs_itself_alone(tmp_path: Path) -> None
 
 def test_two_programs_share_a_folder_and_no_run_is_made_twice(tmp_path: Path) -> None:
     both = [start(tmp_path, pause=0.3) for _ in range(2)]
-    for process in both:
-        _, complaint = process.communicate(timeout=240)
-        assert process.returncode == 0, complaint
+    said = complaints(*both)
+    assert [process.returncode for process in both] == [0, 0], said
     assert seeds(tmp_path) == list(range(6))
     made = Counter((tmp_path / "log.txt").read_text(encoding="utf-8").split())
     assert set(made.values()) == {1}
@@ -166,7 +176,7 @@ def test_on_a_cluster_with_a_worker_killed_in_the_middle(tmp_path: Path) -> None
         [*command, "--cluster", address], env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True
     )
     try:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + PATIENCE
         victim = None
         while victim is None:
             assert process.poll() is None, process.stderr.read()
@@ -179,7 +189,7 @@ def test_on_a_cluster_with_a_worker_killed_in_the_middle(tmp_path: Path) -> None
             time.sleep(0.005)
         assert victim in {one.pid for one in started[1:]}, "the runs are made by the workers"
         os.kill(victim, signal.SIGKILL)
-        _, complaint = process.communicate(timeout=200)
+        _, complaint = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, complaint
     finally:
         for one in (process, *started):

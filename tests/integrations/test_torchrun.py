@@ -20,7 +20,7 @@ def torchrun(processes: int, out: Path, *options: str) -> subprocess.CompletedPr
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += ["-m", MODULE, "--steps", "2", "--sequences", "16", *options, "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def weights(out: Path) -> Tensor:
@@ -55,7 +55,7 @@ def test_the_table_says_what_travelled(runs: dict[str, Path]) -> None:
 
 
 def test_what_cannot_be_shared_out_ends_all(tmp_path: Path) -> None:
-    result = torchrun(3, tmp_path / "table.csv")
+    result = torchrun(2, tmp_path / "table.csv", "--sequences", "15")
     assert result.returncode != 0
-    assert "sequences: expected a multiple of the 3 processes, got 16" in result.stderr
+    assert "sequences: expected a multiple of the 2 processes, got 15" in result.stderr
     assert not (tmp_path / "table.csv").exists()
