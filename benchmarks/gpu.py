@@ -4,8 +4,9 @@
 
 What a step costs (up to S=8, T=1,024, d=1,024), what the Gram matrices take, how fast policies act, and what an
 iteration of an experiment costs, timed by CUDA's own events; then the warm start of `addition-large` and one run of
-each of three rules on it. Each part leaves its files as it ends. A part that fails, or that the time is up for, is named at the end,
-and the exit status is 1. Given again, the runs of `addition-large` go on where they were; the rest is measured anew.
+each of three rules on it. Each part leaves its files as it ends. A part that fails, or that the time is up for, is
+named at the end, and the exit status is 1. Given again, the runs of `addition-large` go on where they were; the rest is
+measured anew.
 """
 
 import argparse
