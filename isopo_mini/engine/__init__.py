@@ -13,7 +13,8 @@ The way of a gradient through this room:
 2. `layer_functions`: it sends each use (`F.linear`, `F.embedding`, …) to one of the `handlers`, which computes the same
    forward and keeps the two factors of the weight's gradient in the backward pass instead of multiplying them; what no
    handler covers goes to the `fallback`, where each sequence gets one of the `copies` of the parameter;
-3. `parameter_gradients`, `layer_gradients`: the gradients of each sequence, factored; the Gram matrix of a layer;
+3. `parameter_gradients`, `layer_gradients`: the gradients of each sequence, factored; the Gram matrix of a layer, by
+   the way that `path_costs` names, with the `resources` that all layers share;
 4. `transforms`: from Gram matrix and advantages to the coefficients c, one a sequence;
 5. `microbatch`: when all uses of a layer were seen, Σ_s c_s G_s is handed to autograd, which adds it to `.grad`.
 
@@ -22,7 +23,8 @@ are of parameters that FSDP2 keeps in parts. `graph`, `in_place`, `loss_scale` a
 make the result wrong and name it; `verification` compares the whole with autograd, on your model.
 """
 
-from isopo_mini.engine.isopo import Isopo, gram_matrices
+from isopo_mini.engine.grams_alone import gram_matrices
+from isopo_mini.engine.isopo import Isopo
 from isopo_mini.engine.layer_functions import matrix_product, scale_and_shift, table_lookup
 from isopo_mini.engine.places import layer_names
 from isopo_mini.engine.stand_in import UnhandledParameterError, register

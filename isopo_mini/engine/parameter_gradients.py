@@ -6,14 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from isopo_mini.engine.path_costs import Sizes, exact_path
 from isopo_mini.engine.workspace import Workspace
 from isopo_mini.geometry import gram as grams
 from isopo_mini.precision import at_least_float32
-
-# Measured on one core, from a width of 256 to one of 4,096: writing the entries of the G_s and reading them twice takes
-# as long as so many multiplications each, once they no longer fit into a cache.
-MOVED = 40
-CACHE = 2**22  # bytes
 
 
 @dataclass(eq=False)
@@ -79,6 +75,11 @@ class MatrixGradients:
         assert self.formed is not None
         return self.formed
 
+    @property
+    def sizes(self) -> Sizes:
+        """What the costs of the paths to K depend on."""
+        return Sizes(self.num_sequences, self.num_terms, self.rows, self.columns, self.rights[0].element_size())
+
     def path(self, wanted: str, most_bytes: int | None = None) -> str:
         """The path to K: the wanted one, or the cheaper one when that is `"auto"`.
 
@@ -86,36 +87,7 @@ class MatrixGradients:
             wanted: one of `PATHS`.
             most_bytes: what the G_s may take under `"auto"`; None for as much as they need.
         """
-        if wanted != "auto":
-            return wanted
-        if most_bytes is not None and self._bytes > most_bytes:
-            return "ghost"
-        return "dense" if self._dense_cost <= self._ghost_cost else "ghost"
-
-    def exact_cost(self, most_bytes: int | None) -> int:
-        """Of the path that `"auto"` takes, in multiplications."""
-        return self._dense_cost if self.path("auto", most_bytes) == "dense" else self._ghost_cost
-
-    def sketched_cost(self, size: int) -> int:
-        """Of a sketch of random signs, in multiplications. Reading a factor's entries once is counted as they are."""
-        sequences, positions = self.num_sequences, self.num_terms
-        read = sum(length for length in (self.rows, self.columns) if length > size) * sequences * positions * MOVED // 3
-        rows, columns = min(self.rows, size), min(self.columns, size)
-        return read + sequences * positions * rows * columns + sequences**2 * rows * columns
-
-    @property
-    def _bytes(self) -> int:
-        """What all G_s take."""
-        return self.num_sequences * self.size * self.rights[0].element_size()
-
-    @property
-    def _dense_cost(self) -> int:
-        moved = MOVED * self.num_sequences * self.size if self._bytes > CACHE else 0
-        return grams.dense_cost(self.num_sequences, self.num_terms, self.rows, self.columns) + moved
-
-    @property
-    def _ghost_cost(self) -> int:
-        return grams.ghost_cost(self.num_sequences, self.num_terms, self.rows, self.columns)
+        return exact_path(self.sizes, most_bytes) if wanted == "auto" else wanted
 
     def gram(self, path: str, workspace: Workspace, bias: bool = False) -> Tensor:
         """K, `(S, S)`. With `bias` (ghost path) that of weight and bias together."""

@@ -8,7 +8,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from isopo_mini.engine import NTK, Isopo
-from isopo_mini.engine.parameter_gradients import CACHE, MatrixGradients
+from isopo_mini.engine.parameter_gradients import MatrixGradients
+from isopo_mini.engine.path_costs import CACHE
 from isopo_mini.geometry import gram as grams
 
 
