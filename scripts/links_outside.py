@@ -1,6 +1,6 @@
 """Does every link that leads out of the book still lead somewhere? Once a week a workflow asks.
 
-    python scripts/links.py
+    python scripts/links_outside.py
 
 This is Sphinx's `linkcheck` on the pages as they are written, without running a cell. It needs the network, so it is no
 part of the build. A page that has moved is shown; one that is gone fails.
