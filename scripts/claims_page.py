@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 from chapter_records import ROOT, Record, read
 from docutils import nodes
-from page_tables import table
+from page_tables import link_to, table
 from sphinx.util.docutils import SphinxDirective
 
 ELSEWHERE = ROOT / "results" / "portability" / "claims.csv"
@@ -94,11 +94,7 @@ def fill(app: Any, doctree: nodes.document, page: str) -> None:
     """Called when all chapters have been read, before a page is written."""
 
     def link(chapter: str) -> nodes.Node:
-        target = chapter.removesuffix(".ipynb")
-        title = app.env.titles[target].astext() if target in app.env.titles else chapter
-        if target not in app.env.titles:
-            return nodes.Text(title)
-        return nodes.reference("", title, internal=True, refuri=app.builder.get_relative_uri(page, target))
+        return link_to(app, page, chapter.removesuffix(".ipynb"))
 
     for place in list(doctree.findall(claims_table)):
         place.replace_self((summary if place["summary"] else large)(link))
