@@ -1,4 +1,4 @@
-"""How long a submission takes, whatever else the machine is doing: seconds of the processor rather than of the clock."""
+"""How long a submission takes, whatever else the machine is doing: seconds of the processor, not of the clock."""
 
 import time
 from typing import Protocol, runtime_checkable
