@@ -1,4 +1,4 @@
-"""Grade a folder of submissions with otter's tests: Gradescope's JSON for each, and one table of all.
+"""Grade a folder of submissions with otter's tests: Gradescope's JSON for each, and one table of all (`grade_table`).
 
 The tests run here, in the grader's own process. Only what they call runs in that of the submission (`submission`). So
 no submission can see a test, an oracle or a result, and none can take the grader down. This is why `otter run` is not

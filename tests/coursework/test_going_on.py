@@ -101,12 +101,12 @@ def test_what_has_changed_is_graded_again(grader: Grader, submissions: Path, mon
     graded(submissions)
     assert grader.graded == ["NA", "zoe"], "a line without its result vouches for nothing"
     grader.graded.clear()
-    graded(submissions, replace(ORDINARY, call_seconds=1.0))
-    assert grader.graded == list(STUDENTS), "other limits"
-    grader.graded.clear()
     monkeypatch.setattr(grading, "assign", lambda master: SimpleNamespace(tests={"q1": "other tests"}))
     graded(submissions)
     assert grader.graded == list(STUDENTS), "other tests"
+    grader.graded.clear()
+    graded(submissions, replace(ORDINARY, call_seconds=1.0))
+    assert grader.graded == list(STUDENTS), "other limits"
 
 
 def test_who_has_left_is_not_in_the_table(grader: Grader, submissions: Path) -> None:
