@@ -152,6 +152,13 @@ def test_the_students_command_runs_the_public_tests(graded: Path) -> None:
     )
     after = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
     assert (after.returncode, "All tests passed!" in after.stdout) == (0, True), after.stderr[-2000:]
+    assert "IPKernelApp" not in after.stderr
+    assert "is not there" not in after.stdout
+    path = place / "fisher_on_bandits/fisher_on_bandits.ipynb"
+    path.write_text(path.read_text(encoding="utf-8").replace("def fisher(", "def fisher)"), encoding="utf-8")
+    broken = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+    assert broken.returncode != 0
+    assert "what the test calls is not there. Did its cell end with an error?" in broken.stdout
 
 
 def test_gradescopes_zip_grades_the_solution(graded: Path, assigned: dict, tmp_path: Path) -> None:
