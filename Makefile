@@ -38,7 +38,7 @@ pages: $(VENV)/.axe  ## Check the built book: links, and in Chromium keyboard, c
 	@test -f _build/html/index.html || { echo "There is no book yet: type make book first"; exit 1; }
 	@command -v chromedriver > /dev/null || { echo "No browser to drive: apt-get install chromium chromium-driver"; exit 1; }
 	@echo "Checking the built pages, with the network cut (about three minutes)"
-	$(BIN)/python scripts/check_links.py _build/html
+	$(BIN)/python scripts/links_inside.py _build/html
 	PAGES=_build/html $(BIN)/python -m pytest tests/pages
 
 pdf: $(INSTALLED)  ## Print the built book with Chromium: one file, solutions at the end

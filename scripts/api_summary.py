@@ -7,8 +7,8 @@ import importlib
 import inspect
 from typing import Any
 
-from claims_page import table
 from docutils import nodes
+from page_tables import table
 from sphinx.util.docutils import SphinxDirective
 
 KINDS = ("class", "function", "exception", "data")  # not the methods: they stand with their class

@@ -14,8 +14,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import chapter_records
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = Path("_build") / "claims"  # what this build's chapters claimed; the page of claims is made from it
@@ -87,6 +89,16 @@ def build(root: Path = ROOT, jobs: int | None = None, options: Sequence[str] = (
         others = "\n".join(trouble(lines))
         print("\n\n".join(part for part in (failures, others) if part) or "nothing that this script knows; see above")
     return process.returncode
+
+
+def configuration(root: Path = ROOT) -> dict[str, Any]:
+    """What `_config.yml` says, for a copy in another folder: those of the extensions are relative to the file."""
+    config = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))
+    sphinx = config.setdefault("sphinx", {})
+    sphinx["config"] = sphinx.get("config") or {}
+    local = sphinx.get("local_extensions") or {}
+    sphinx["local_extensions"] = {name: str((root / where).resolve()) for name, where in local.items()}
+    return config
 
 
 def say_what_the_screen_can() -> None:

@@ -7,8 +7,8 @@ import os
 from importlib.metadata import version
 from typing import Any
 
-from claims_page import table
 from docutils import nodes
+from page_tables import table
 from sphinx.util.docutils import SphinxDirective
 from sync_address import read_address
 
@@ -17,14 +17,18 @@ from isopo_mini.experiments.provenance import provenance
 PAGES = ("matplotlib", "jupyter-book", "sphinx")
 
 
+def version_and_commit() -> str:
+    """Of the library that these pages were made with; a plus behind the commit says that it has changed since."""
+    return f"{read_address().version}, commit {provenance()['code']['commit']}"
+
+
 def facts() -> list[tuple[str, str]]:
     """What decides the numbers and the times of a build."""
     made = provenance()
-    commit = made["code"]["commit"]  # forty digits, and a plus where something has changed since
     device, libraries = made["device"], made["libraries"] | {name: version(name) for name in PAGES}
     cores, threads = os.cpu_count(), os.environ.get("OMP_NUM_THREADS", "one a core")
     return [
-        ("isopo_mini", f"{read_address().version}, commit {commit[:10]}{commit[40:]}"),
+        ("isopo_mini", version_and_commit()),
         ("device", f"{device['type']}: {device['name']}, {cores} cores; threads of PyTorch: {threads}"),
         *libraries.items(),
     ]

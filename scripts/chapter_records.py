@@ -40,9 +40,12 @@ def listening(records: Path, **settings: str) -> Iterator[dict[str, str]]:
 
 
 def chapters(root: Path = ROOT) -> list[Path]:
-    """Every notebook under `root` that has cells to run, built pages aside."""
-    found = (path for path in root.rglob("*.ipynb") if not {"_build", ".venv", ".ipynb_checkpoints"} & set(path.parts))
-    return sorted(found)
+    """Every notebook under `root` that has cells to run; built pages, environments and editors' copies aside."""
+
+    def aside(part: str) -> bool:
+        return part == "_build" or part.startswith(".")
+
+    return sorted(path for path in root.rglob("*.ipynb") if not any(map(aside, path.relative_to(root).parts)))
 
 
 def code_cells(chapter: Path) -> dict[str, int]:

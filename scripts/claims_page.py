@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 from chapter_records import ROOT, Record, read
 from docutils import nodes
+from page_tables import link_to, table
 from sphinx.util.docutils import SphinxDirective
 
 ELSEWHERE = ROOT / "results" / "portability" / "claims.csv"
@@ -60,11 +61,11 @@ def cells(record: Record) -> list[nodes.Node]:
     sides = f"{record['left']:.4g} {SIGNS[record['sign']]} {record['right']:.4g}" if "left" in record else "–"
     claim = nodes.literal(text=record["claim"])
     return [
-        _text(str(record["cell"])),
+        nodes.Text(str(record["cell"])),
         claim,
-        _text(sides),
-        _text(share(record.get("slack"))),
-        _text(share(record["elsewhere"])),
+        nodes.Text(sides),
+        nodes.Text(share(record.get("slack"))),
+        nodes.Text(share(record["elsewhere"])),
     ]
 
 
@@ -84,39 +85,16 @@ def summary(link: Any) -> list[nodes.Node]:
     for chapter, group in groupby(claims(), key=lambda record: record["chapter"]):
         records = list(group)
         moving = [record["elsewhere"] for record in records if record["elsewhere"] is not None]
-        rows.append([link(chapter), _text(str(len(records))), _text(share(min(moving, default=None)))])
+        rows.append([link(chapter), nodes.Text(str(len(records))), nodes.Text(share(min(moving, default=None)))])
     heads = ["chapter", "asserts", "least left elsewhere"]
     return [table(heads, [60, 15, 25], rows)] if rows else [nodes.paragraph(text=NOTHING)]
-
-
-def table(heads: list[str], widths: list[int], rows: list[list[nodes.Node]], look: str = "claims") -> nodes.table:
-    """A docutils table; the theme lets it scroll on its own where a screen is narrow."""
-    group = nodes.tgroup(cols=len(heads))
-    group += [nodes.colspec(colwidth=width) for width in widths]
-    group += nodes.thead("", _row([_text(head) for head in heads]))
-    group += nodes.tbody("", *[_row(row) for row in rows])
-    return nodes.table("", group, classes=[look])
-
-
-def _row(entries: list[nodes.Node]) -> nodes.row:
-    """One row."""
-    return nodes.row("", *[nodes.entry("", nodes.paragraph("", "", entry)) for entry in entries])
-
-
-def _text(text: str) -> nodes.Text:
-    """Plain text."""
-    return nodes.Text(text)
 
 
 def fill(app: Any, doctree: nodes.document, page: str) -> None:
     """Called when all chapters have been read, before a page is written."""
 
     def link(chapter: str) -> nodes.Node:
-        target = chapter.removesuffix(".ipynb")
-        title = app.env.titles[target].astext() if target in app.env.titles else chapter
-        if target not in app.env.titles:
-            return nodes.Text(title)
-        return nodes.reference("", title, internal=True, refuri=app.builder.get_relative_uri(page, target))
+        return link_to(app, page, chapter.removesuffix(".ipynb"))
 
     for place in list(doctree.findall(claims_table)):
         place.replace_self((summary if place["summary"] else large)(link))

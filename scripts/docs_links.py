@@ -1,4 +1,4 @@
-"""Let `[docs]` in a module's listing lead to where the API documents the name.
+"""Let `[docs]` in a module's listing lead to where the API documents the name; without a place, there is no link.
 
 Sphinx takes the prefix of the first documented name of a module for all of them. Here one name may be documented as
 `isopo_mini.rules.ISOPO` and its neighbour as `isopo_mini.rules.rule_parts.weigh`: of such a pair, one link led nowhere.
@@ -12,20 +12,19 @@ if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
 LISTINGS = "_modules/"
-BACK = re.compile(r'(?P<before><a class="viewcode-back" href="[^"#]*#)(?P<name>[^"]+)')
+BACK = re.compile(r'(?P<before><a class="viewcode-back" href="[^"#]*#)(?P<name>[^"]+)(?P<after>">\[docs\]</a>)')
 
 
 def mended(body: str, module: str, documented: Container[str]) -> str:
-    """The listing with every link that leads nowhere led to the name in its own module, if it is documented there."""
+    """The listing with every link that led nowhere led to the name in its own module, or gone if that has none."""
 
     def link(match: re.Match[str]) -> str:
         name = match["name"]
-        if name in documented:
-            return match[0]
         # The prefix that Sphinx chose is that of a package, so the name in the module begins after some of its dots.
         parts = name.split(".")
-        own = next((own for i in range(1, len(parts)) if (own := ".".join([module, *parts[i:]])) in documented), name)
-        return match["before"] + own
+        tried = (name, *(".".join([module, *parts[i:]]) for i in range(1, len(parts))))
+        found = next((one for one in tried if one in documented), None)
+        return f"{match['before']}{found}{match['after']}" if found else ""
 
     return BACK.sub(link, body)
 
@@ -38,6 +37,6 @@ def mend(app: "Sphinx", page: str, template: str, context: dict[str, Any], doctr
 
 
 def setup(app: "Sphinx") -> dict[str, bool]:
-    """Register with Sphinx."""
-    app.connect("html-page-context", mend)
+    """Register with Sphinx, after the theme and its like have had their say."""
+    app.connect("html-page-context", mend, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -19,9 +19,7 @@ def build(chapter: Path) -> Path:
     page = chapter.resolve().relative_to(ROOT).with_suffix("")
     folder = ROOT / "_build" / "draft" / page.name
     folder.mkdir(parents=True, exist_ok=True)
-    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
-    local = config["sphinx"]["local_extensions"]  # their folders are relative to the configuration, which moves
-    config["sphinx"]["local_extensions"] = {name: str(ROOT / where) for name, where in local.items()}
+    config = build_book.configuration(ROOT)
     config["sphinx"]["config"]["suppress_warnings"] = ["myst.xref_missing"]
     toc = {"format": "jb-book", "root": page.as_posix(), "chapters": [{"file": BIBLIOGRAPHY}]}
     if page.as_posix() == BIBLIOGRAPHY:

@@ -2,21 +2,16 @@
 
 - For search machines and for whoever gets a link: a description, from the first paragraph, and Open Graph's title.
 - In the footer: the version and the commit that the page was made from.
-- Not there: the scripts of Thebe, which the theme loads twice and this book never uses; and, on the pages of source
-  code, links to descriptions that are not given under that name.
+- Not there: the scripts of Thebe, which the theme loads twice and this book never uses.
 """
 
-import re
 from html import escape
 from typing import Any
 
+from build_facts import version_and_commit
 from docutils import nodes
-from sync_address import read_address
-
-from isopo_mini.experiments.provenance import provenance
 
 LENGTH = 200  # about what is shown of a description
-BACK = re.compile(r'<a class="viewcode-back" href="[^"#]*#([^"]+)">\[docs\]</a>')
 
 
 def description(document: nodes.document) -> str:
@@ -31,8 +26,7 @@ def description(document: nodes.document) -> str:
 
 def say_version(app: Any, config: Any) -> None:
     """Called once: the line of the footer."""
-    commit = provenance()["code"]["commit"]  # forty digits, and a plus where something has changed since
-    line = f"isopo_mini {read_address().version}, commit {commit[:10]}{commit[40:]}"
+    line = f"isopo_mini {version_and_commit()}"
     config.html_theme_options = config.html_theme_options | {"extra_footer": f"<p>{escape(line)}</p>"}
 
 
@@ -59,9 +53,6 @@ def frame(app: Any, page: str, template: str, context: dict[str, Any], document:
         )
     for kind in ("script_files", "css_files"):
         context[kind] = [file for file in context.get(kind, []) if not is_thebe(file)]
-    if page.startswith("_modules/"):
-        known = app.env.domaindata["py"]["objects"]
-        context["body"] = BACK.sub(lambda link: link[0] if link[1] in known else "", context["body"])
 
 
 def setup(app: Any) -> dict[str, bool]:

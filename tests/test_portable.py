@@ -206,6 +206,14 @@ def test_torch_is_left_alone_in_this_process() -> None:
     assert torch.Generator().manual_seed(3).initial_seed() == 3
 
 
+def test_notebooks_of_environments_and_of_editors_are_no_chapters(tmp_path: Path) -> None:
+    root = tmp_path / ".hidden" / "clone"  # where somebody may keep a clone
+    for place in ("book", ".venv/lib", ".venv-course/lib", "_build/html", "book/.ipynb_checkpoints"):
+        (root / place).mkdir(parents=True)
+        (root / place / "01_a.ipynb").touch()
+    assert chapter_records.chapters(root) == [root / "book" / "01_a.ipynb"]
+
+
 def test_chapters_are_listed_as_the_book_has_them() -> None:
     """By folder, `experiments` would come before `foundations`."""
     names = ["book/experiments/09_bandits.ipynb", "book/foundations/01_policies.ipynb", "book/index.ipynb"]

@@ -21,6 +21,8 @@ ADDRESS_STATED = "_config.yml"
 ADDRESS_WRITTEN = re.compile(r"README\.md|CITATION\.cff|pyproject\.toml|book/appendix/install\.md|book/.*\.ipynb")
 
 MACHINE_PATHS = re.compile(r"(?<![\w./:*-])/(?:home|root|Users|work|tmp|opt|mnt|srv)/[\w.-]|file://|[A-Z]:\\\\")
+# In a workflow's PowerShell: a command that fails ends the step, as it does in bash.
+STOP_AT_A_FAILURE = "$PSNativeCommandUseErrorActionPreference = $true"
 INDEX_HOSTS = re.compile(r"pypi\.org|pythonhosted|index-url|find-links|download\.pytorch", re.IGNORECASE)
 
 
@@ -153,6 +155,9 @@ def test_workflow_can_be_read(path: Path) -> None:
         for step in job["steps"]:
             if "run" in step and "windows" not in job["runs-on"]:
                 subprocess.run(["bash", "-n"], input=step["run"], text=True, check=True)
+            elif "run" in step:
+                lines = step["run"].splitlines()
+                assert len(lines) == 1 or lines[0] == STOP_AT_A_FAILURE, "PowerShell reports the last command alone"
             if "run" in step:  # what it names must be there
                 named = re.findall(r"(?<![\w/])(?:scripts|tests)[/\w]+(?:\.py)?", step["run"])
                 assert [name for name in named if not (ROOT / name).exists()] == []

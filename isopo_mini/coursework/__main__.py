@@ -40,10 +40,13 @@ def main(given: list[str] | None = None) -> int:
                 print("As root on this system, a submission that forks without end may take the machine down.")
             limits = dataclasses.replace(ORDINARY, call_seconds=arguments.call_seconds)
             table = grading.grade_folder(arguments.folder, arguments.out, arguments.masters, limits)
-            print(table.to_string(index=False, max_colwidth=60))
+            print(table.drop(columns="graded").to_string(index=False, max_colwidth=60))
             print(f"{arguments.out / 'grades.csv'}, and Gradescope's JSON beside it")
     except ValueError as error:
         print(error)
+        return 1
+    except grading.NotStartedError as error:
+        print(f"{error}\nNot the submission's fault. What was graded is kept; the same command goes on from there.")
         return 1
     return 0
 

@@ -36,13 +36,16 @@ def assert_agrees(got: Any, expected: Tensor | float, *, rtol: float = 1e-7, ato
         raise AssertionError(f"expected {wanted}, got a {type(got).__name__}")
     if got.shape != right.shape:
         raise AssertionError(f"expected {wanted}, got one of shape {tuple(got.shape)}")
+    precision = str(got.dtype).removeprefix("torch.")
     got = got.detach().to(torch.float64)
     if not torch.isfinite(got).all():
         raise AssertionError(f"expected finite numbers, got {int((~torch.isfinite(got)).sum())} that are not")
     difference = (got - right).abs()
     if (difference > atol + rtol * right.abs()).any():
         size = max(right.abs().max().item(), math.ulp(0.0))
+        rounded = precision != "float64" and bool(difference.max() < 1e-3 * size)
         raise AssertionError(
             f"expected other numbers: the largest difference is {difference.max().item():.3g}, "
             f"where the largest right number is {size:.3g}"
+            + f"; yours are of {precision}, and double precision (float64) is asked for" * rounded
         )

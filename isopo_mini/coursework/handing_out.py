@@ -49,12 +49,17 @@ import sys
 from pathlib import Path
 
 here = Path(__file__).resolve().parent
+missing = "NoneType' object is not callable"
 failed = False
 for notebook in map(Path, sys.argv[1:] or sorted(here.glob("*/*.ipynb"))):
     command = [sys.executable, "-m", "otter", "check", notebook.name, "--tests-path", "tests"]
     where, utf8 = notebook.resolve().parent, os.environ | {"PYTHONUTF8": "1"}  # on Windows too
-    told = subprocess.run(command, cwd=where, env=utf8, stdout=subprocess.PIPE, encoding="utf-8")
+    told = subprocess.run(command, cwd=where, env=utf8, capture_output=True, encoding="utf-8")
     print(f"{notebook.name}\\n{told.stdout}", flush=True)
+    if missing in told.stdout:
+        print(f"{missing}: what the test calls is not there. Did its cell end with an error? Run the notebook.\\n")
+    said = [line for line in told.stderr.splitlines() if "[IPKernelApp]" not in line]  # of its own sockets
+    sys.stderr.write("".join(f"{line}\\n" for line in said))
     failed |= told.returncode != 0 or "All tests passed!" not in told.stdout  # otter's status is 0 either way
 sys.exit(failed)
 '''

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ NAMESPACES = ("--user", "--map-root-user", "--mount", "--net", "--pid", "--fork"
 # Forks are faster than any guard, so the kernel has to count. It does for ordinary users (RLIMIT_NPROC), since 5.14 in
 # each namespace. Root it stops only by the process table, which a namespace has of its own since 6.14 and no smaller.
 SMALLEST_TABLE = 301
+BETWEEN_LOOKS, LOOKS = 0.05, 20  # seconds between two looks of the guard, and looks in a second
+AROUND = 2  # processes that are not the submission's: `unshare`, and the worker itself
 # With the size of that table or nothing, the folders to hide up to "--", then the command, which cannot mount itself.
 INSIDE = """
 if [ -n "$1" ]; then echo "$1" > /proc/sys/kernel/pid_max || exit 125; fi; shift
@@ -43,8 +46,8 @@ class Limits:
     """What a submission may use.
 
     Args:
-        call_seconds: one cell, or one call of a function.
-        seconds: everything together.
+        call_seconds: one cell, or one call of a function; of the processor, see `stopwatch`.
+        seconds: everything together; of the processor too.
         memory: bytes of address space of a process, and of memory of all its processes together.
         disk: bytes of all files in its folder together; half for a single one, which fails before the guard looks.
         processes: how many at one time, threads not counted.
@@ -134,6 +137,7 @@ class Guarded:
             pass_fds=descriptors,
             start_new_session=True,
         )
+        self._running = AROUND  # processes when it was looked at the last time
         self._ended = threading.Event()
         self._guard = threading.Thread(target=self._watch, daemon=True)
         self._guard.start()
@@ -146,9 +150,28 @@ class Guarded:
         if threading.current_thread() is not self._guard:
             self._guard.join()
 
+    def processor_seconds(self) -> float:
+        """What it and its descendants have used of the processor since it began."""
+        return sum(map(_processor_seconds, _family(self.process.pid)))
+
+    def settled(self) -> str:
+        """Wait for a second until nothing runs that did not run the last time; what is used too much of meanwhile."""
+        family: list[psutil.Process] = []
+        for _ in range(LOOKS):
+            family = _family(self.process.pid)
+            if self.reason:
+                return self.reason
+            if len(family) <= self._running:
+                break
+            if excess := self._excess():
+                return excess
+            time.sleep(BETWEEN_LOOKS)
+        self._running = len(family)
+        return ""
+
     def _watch(self) -> None:
         """End it when it uses too much."""
-        while not self._ended.wait(0.05):
+        while not self._ended.wait(BETWEEN_LOOKS):
             if excess := self._excess():
                 self.reason = self.reason or excess
                 _kill(self.process)
@@ -157,8 +180,7 @@ class Guarded:
     def _excess(self) -> str:
         """What it uses too much of, in words; empty when nothing."""
         family = _family(self.process.pid)
-        # Around the worker stand `unshare` and the process itself.
-        if len(family) > self.limits.processes + 2:
+        if len(family) > self.limits.processes + AROUND:
             return f"it started more than {self.limits.processes} processes"
         # What is read from files, or shared after a fork, is not counted twice; to find that out takes longer.
         used = sum(map(_own_memory, family))
@@ -195,6 +217,15 @@ def _family(pid: int) -> list[psutil.Process]:
         return [first, *first.children(recursive=True)]
     except psutil.Error:
         return []
+
+
+def _processor_seconds(process: psutil.Process) -> float:
+    """Of one process, and of those that it has waited for."""
+    try:
+        used = process.cpu_times()
+    except psutil.Error:
+        return 0.0
+    return used.user + used.system + used.children_user + used.children_system
 
 
 def _own_memory(process: psutil.Process) -> int:

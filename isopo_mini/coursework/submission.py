@@ -13,7 +13,6 @@ import os
 import pickle
 import select
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 from isopo_mini.coursework import messages
 from isopo_mini.coursework.isolation import MEBIBYTE, ORDINARY, Guarded, Limits, most_processes
 from isopo_mini.coursework.remote import Remote, SubmissionError
+from isopo_mini.coursework.stopwatch import Stopwatch
 from isopo_mini.coursework.worker import Held
 
 RESTARTS = 12
@@ -110,12 +110,18 @@ class Submission:
                     continue
                 try:
                     said = self._exchange({"do": "cell", "source": source, "number": number})
+                    self._settle()
                 except SubmissionError as error:
                     self._forfeited.add(number)
                     self.problems.append(f"cell {number}: {error}")
                     break
                 if first and "error" in said:
                     self.problems.append(f"cell {number}: {said['error']}")
+
+    def _settle(self) -> None:
+        """What a cell has left running, and is too much, costs this cell and not a call that comes after it."""
+        if self._guarded is not None and (excess := self._guarded.settled()):
+            raise SubmissionError(self._stop(excess))
 
     def _launch(self) -> None:
         """A new process, which has executed nothing yet."""
@@ -159,48 +165,46 @@ class Submission:
 
         Args:
             question: see `worker`.
-            allowed: seconds that are not counted; those of a call when None.
+            allowed: seconds that are not counted; those of a call when None. See `stopwatch` for what they are.
 
         Raises:
             SubmissionError: the process is gone, took too long or answered what is no answer.
         """
-        began, counted = time.monotonic(), allowed is None
+        assert self._guarded is not None
+        counted = allowed is None
         allowed = min(self.limits.call_seconds, self.limits.seconds - self.spent) if allowed is None else allowed
-        until = began + allowed
+        watch = Stopwatch(self._guarded, allowed)
         try:
             content = pickle.dumps(question)
-            self._send(len(content).to_bytes(messages.HEAD, "big") + content, until)
-            size = messages.length(self._receive(messages.HEAD, until))
+            self._send(len(content).to_bytes(messages.HEAD, "big") + content, watch)
+            size = messages.length(self._receive(messages.HEAD, watch))
             if size > self.limits.answer:
                 raise _EndedError(f"it returned more than {self.limits.answer / MEBIBYTE:.3g} MiB")
-            return messages.unpacked(self._receive(size, until))
+            answer = messages.unpacked(self._receive(size, watch))
         except (TimeoutError, EOFError, BrokenPipeError, ValueError, _EndedError) as error:
-            whole = counted and self.spent + time.monotonic() - began >= self.limits.seconds
+            self.spent += watch.seconds() * counted  # before it is gone, and its seconds with it
+            whole = counted and self.spent >= self.limits.seconds
             took = f"it took more than {allowed:.3g} s" if not whole else "the time of the whole submission is spent"
             said = took if isinstance(error, TimeoutError) else str(error)
             # A guard that ends it at this moment has the better reason, so nothing is said yet where it is just gone.
             gone = isinstance(error, EOFError | BrokenPipeError)
             reason = self._stop("" if gone else said) or "its process ended"
             raise SubmissionError(reason) from error
-        finally:
-            self.spent += (time.monotonic() - began) * counted
+        self.spent += watch.seconds() * counted
+        return answer
 
-    def _send(self, content: bytes, until: float) -> None:
+    def _send(self, content: bytes, watch: Stopwatch) -> None:
         """Write to the process, which may not read."""
         view = memoryview(content)
         while len(view):
-            _, ready, _ = select.select([], [self._questions], [], max(0.0, until - time.monotonic()))
-            if not ready:
-                raise TimeoutError
+            _wait((), (self._questions,), watch)
             view = view[os.write(self._questions, view) :]
 
-    def _receive(self, size: int, until: float) -> bytes:
+    def _receive(self, size: int, watch: Stopwatch) -> bytes:
         """Read that many bytes from the process, which may never write them."""
         parts = []
         while size:
-            ready, _, _ = select.select([self._answers], [], [], max(0.0, until - time.monotonic()))
-            if not ready:
-                raise TimeoutError
+            _wait((self._answers,), (), watch)
             part = os.read(self._answers, min(size, MEBIBYTE))
             if not part:
                 raise EOFError("its process ended")
@@ -211,6 +215,17 @@ class Submission:
 
 class _EndedError(Exception):
     """The process is to be ended, for this reason."""
+
+
+def _wait(reading: Sequence[int], writing: Sequence[int], watch: Stopwatch) -> None:
+    """Wait until a pipe can be read from or written to.
+
+    Raises:
+        TimeoutError: the process has taken all of its time.
+    """
+    while not any(select.select(reading, writing, (), max(0.05, watch.left()))):
+        if watch.left() <= 0:
+            raise TimeoutError
 
 
 def _sent(value: Any) -> Any:

@@ -23,7 +23,9 @@ def test_the_right_answer_passes(got: torch.Tensor) -> None:
         (torch.ones(1, 2), "got one of shape .1, 2."),
         (RIGHT * torch.nan, "expected finite numbers, got 2"),
         (-RIGHT, "the largest difference is 4, where the largest right number is 2"),
-        (RIGHT.float() + 1e-3, "expected other numbers"),
+        (RIGHT + 1e-5, "where the largest right number is 2$"),
+        (RIGHT.float() + 1e-5, "yours are of float32, and double precision .float64. is asked for$"),
+        (RIGHT.float() + 1, "where the largest right number is 2$"),
     ],
 )
 def test_a_wrong_answer_hears_why(got: object, said: str) -> None:

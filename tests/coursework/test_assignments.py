@@ -3,6 +3,7 @@
 import ast
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,7 +80,9 @@ def test_gradescope_gets_what_it_reads(name: str, graded: Path) -> None:
 def test_the_leaderboard_is_a_folder_of_records(graded: Path) -> None:
     folder = graded / "grades" / "leaderboard"
     runs = records.load_records(folder)
-    assert runs["seed"].tolist() == [*contest.SEEDS, *contest.SEEDS]
+    seeds = sorted(runs["seed"].unique())
+    assert runs["seed"].tolist() == [*seeds, *seeds], "everybody plays the same contests"
+    assert len(seeds) == 2
     assert records.curves(runs)["samples"].max() == contest.BATCHES * contest.RESPONSES
     places = contest.leaderboard(folder)
     assert places["name"].tolist() == ["all", "nothing"]
@@ -97,6 +100,20 @@ def test_students_see_no_solution_and_no_hidden_test(name: str, graded: Path, as
     assert min(hidden) >= 1, "every question has a hidden test"
     for source in assigned[name].public.values():
         assert source.count("@test_case") >= 1, "and a public one"
+
+
+def test_students_do_not_know_the_seeds_of_the_contest(graded: Path) -> None:
+    handed_out = "".join(path.read_text(encoding="utf-8") for path in (graded / "students").rglob("*.*"))
+    library = "".join(path.read_text(encoding="utf-8") for path in Path(contest.__file__).parent.glob("*.py"))
+    for seed in records.load_records(graded / "grades" / "leaderboard")["seed"]:
+        assert not re.search(rf"\b{seed}\b", handed_out + library)
+
+
+def test_who_hands_in_grpo_gets_the_points_for_as_much_as_grpo(graded: Path) -> None:
+    seeds = sorted(records.load_records(graded / "grades" / "leaderboard")["seed"].unique())
+    finals = [contest.play(contest.GrpoLearner, int(seed))["final"] for seed in seeds]
+    reached = sum(finals) / len(finals)
+    assert contest.GRPO + 0.005 < reached < contest.GRPO + 0.03
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -135,6 +152,13 @@ def test_the_students_command_runs_the_public_tests(graded: Path) -> None:
     )
     after = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
     assert (after.returncode, "All tests passed!" in after.stdout) == (0, True), after.stderr[-2000:]
+    assert "IPKernelApp" not in after.stderr
+    assert "is not there" not in after.stdout
+    path = place / "fisher_on_bandits/fisher_on_bandits.ipynb"
+    path.write_text(path.read_text(encoding="utf-8").replace("def fisher(", "def fisher)"), encoding="utf-8")
+    broken = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+    assert broken.returncode != 0
+    assert "what the test calls is not there. Did its cell end with an error?" in broken.stdout
 
 
 def test_gradescopes_zip_grades_the_solution(graded: Path, assigned: dict, tmp_path: Path) -> None:

@@ -94,6 +94,6 @@ def test_a_broken_policy_is_refused(how, said: str) -> None:
 def test_the_contest_is_played_once(environment, monkeypatch: pytest.MonkeyPatch) -> None:
     played = []
     monkeypatch.setattr(contest, "play", lambda _, seed: played.append(seed) or {"final": seed / 1000})
-    assert [contest.result(environment, Idle) for _ in range(3)] == [pytest.approx(0.1015)] * 3
-    assert played == list(contest.SEEDS)
+    assert [contest.result(environment, Idle, (101, 102)) for _ in range(3)] == [pytest.approx(0.1015)] * 3
+    assert played == [101, 102]
     assert len(environment.get("noted_contest")) == 2

@@ -1,7 +1,6 @@
 """The pictures one can move: mouse, keys and finger move them, and their numbers are the library's to 1e-6."""
 
 import json
-from pathlib import Path
 
 import browsing
 import pytest
@@ -18,10 +17,8 @@ RULES = {"policy": "Policy gradient", "natural": "Natural gradient", "isopo": "I
 TOLERANCE = 1e-6
 
 
-def opened(browser: Chrome, site: str, page: str, book: Path, **how: str) -> WebElement:
+def opened(browser: Chrome, site: str, page: str, **how: str) -> WebElement:
     """The page's explorable, scrolled to the middle of the screen."""
-    if not (book / page).exists():
-        pytest.skip(f"{page} is not built")
     browsing.show(browser, f"{site}/{page}", **how)
     place = browser.find_element("css selector", ".explorable")
     browser.execute_script("arguments[0].scrollIntoView({block: 'start', behavior: 'instant'})", place)
@@ -60,15 +57,15 @@ def assert_simplex_agrees(place: WebElement) -> None:
 
 
 @pytest.mark.parametrize("page", TRIANGLES)
-def test_the_triangle_starts_with_the_numbers_of_the_cell(browser: Chrome, site: str, book: Path, page: str) -> None:
-    place = opened(browser, site, page, book)
+def test_the_triangle_starts_with_the_numbers_of_the_cell(browser: Chrome, site: str, page: str) -> None:
+    place = opened(browser, site, page)
     data = json.loads(place.find_element("tag name", "script").get_attribute("textContent"))
     assert state(place) == {"pi": data["probs"], "rewards": data["rewards"], "price": data["price"]}
     assert_simplex_agrees(place)
 
 
-def test_mouse_and_keys_move_the_policy(browser: Chrome, site: str, book: Path) -> None:
-    place = opened(browser, site, TRIANGLES[0], book)
+def test_mouse_and_keys_move_the_policy(browser: Chrome, site: str) -> None:
+    place = opened(browser, site, TRIANGLES[0])
     handle, before = place.find_element("css selector", "[role=slider]"), state(place)["pi"]
     ActionChains(browser).drag_and_drop_by_offset(handle, -60, -45).perform()
     dragged = state(place)["pi"]
@@ -89,8 +86,8 @@ def test_mouse_and_keys_move_the_policy(browser: Chrome, site: str, book: Path) 
     assert_simplex_agrees(place)
 
 
-def test_a_click_calls_the_policy_and_sliders_set_rewards_and_price(browser: Chrome, site: str, book: Path) -> None:
-    place = opened(browser, site, TRIANGLES[0], book)
+def test_a_click_calls_the_policy_and_sliders_set_rewards_and_price(browser: Chrome, site: str) -> None:
+    place = opened(browser, site, TRIANGLES[0])
     triangle = place.find_element("tag name", "svg")
     ActionChains(browser).move_to_element(triangle).click().perform()
     assert min(state(place)["pi"]) > 0.1
@@ -105,8 +102,8 @@ def test_a_click_calls_the_policy_and_sliders_set_rewards_and_price(browser: Chr
     assert_simplex_agrees(place)
 
 
-def test_nothing_moves_where_all_rewards_are_equal(browser: Chrome, site: str, book: Path) -> None:
-    place = opened(browser, site, TRIANGLES[0], book)
+def test_nothing_moves_where_all_rewards_are_equal(browser: Chrome, site: str) -> None:
+    place = opened(browser, site, TRIANGLES[0])
     for arm in (1, 2, 3):
         place.find_element("name", f"reward-{arm}").send_keys(Keys.HOME)
     assert state(place)["rewards"] == [0, 0, 0]
@@ -114,8 +111,8 @@ def test_nothing_moves_where_all_rewards_are_equal(browser: Chrome, site: str, b
         assert row == pytest.approx([0.0, 0.0, 0.0], abs=1e-12)
 
 
-def test_a_finger_drags_the_policy_and_scrolls_elsewhere(browser: Chrome, site: str, book: Path) -> None:
-    place = opened(browser, site, TRIANGLES[0], book, size="phone")
+def test_a_finger_drags_the_policy_and_scrolls_elsewhere(browser: Chrome, site: str) -> None:
+    place = opened(browser, site, TRIANGLES[0], size="phone")
     handle, before = place.find_element("css selector", "[role=slider]"), state(place)["pi"]
     box = "const box = arguments[0].getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2]"
     x, y = browser.execute_script(box, handle)
@@ -159,10 +156,8 @@ def assert_damping_agrees(place: WebElement) -> dict[str, list[float]]:
     return table
 
 
-def test_the_slider_lowers_the_damping_from_reinforce_to_the_natural_gradient(
-    browser: Chrome, site: str, book: Path
-) -> None:
-    place = opened(browser, site, DAMPING, book)
+def test_the_slider_lowers_the_damping_from_reinforce_to_the_natural_gradient(browser: Chrome, site: str) -> None:
+    place = opened(browser, site, DAMPING)
     slider = place.find_element("name", "damping")
     middle = assert_damping_agrees(place)
     assert state(place)["rho"] == 1
@@ -183,8 +178,8 @@ def test_the_slider_lowers_the_damping_from_reinforce_to_the_natural_gradient(
     assert_damping_agrees(place)
 
 
-def test_the_other_layer_has_another_spectrum(browser: Chrome, site: str, book: Path) -> None:
-    place = opened(browser, site, DAMPING, book)
+def test_the_other_layer_has_another_spectrum(browser: Chrome, site: str) -> None:
+    place = opened(browser, site, DAMPING)
 
     def dots() -> list[str]:
         return [dot.get_attribute("cy") for dot in place.find_elements("css selector", ".explorable-dots circle")]
@@ -198,9 +193,9 @@ def test_the_other_layer_has_another_spectrum(browser: Chrome, site: str, book: 
 
 @pytest.mark.parametrize("page", [*TRIANGLES, DAMPING])
 def test_the_still_picture_is_for_paper_and_the_moving_one_for_the_screen(
-    browser: Chrome, site: str, book: Path, page: str
+    browser: Chrome, site: str, page: str
 ) -> None:
-    place = opened(browser, site, page, book)
+    place = opened(browser, site, page)
     still = browser.execute_script("return arguments[0].closest('.cell_output').querySelector('img, svg.still')", place)
     seen = "return arguments[0].getClientRects().length > 0"
     assert browser.execute_script(seen, place)
@@ -212,10 +207,10 @@ def test_the_still_picture_is_for_paper_and_the_moving_one_for_the_screen(
 
 
 @pytest.mark.parametrize("page", [*TRIANGLES, DAMPING])
-def test_without_scripts_the_still_picture_stays(browser: Chrome, site: str, book: Path, page: str) -> None:
+def test_without_scripts_the_still_picture_stays(browser: Chrome, site: str, page: str) -> None:
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:
-        place = opened(browser, site, page, book)
+        place = opened(browser, site, page)
         assert "this picture moves" in place.text
         pictures = browser.find_elements("css selector", ".cell_output:has(.explorable) img")
         assert [picture.is_displayed() for picture in pictures] == [True]
@@ -224,8 +219,8 @@ def test_without_scripts_the_still_picture_stays(browser: Chrome, site: str, boo
 
 
 @pytest.mark.parametrize("page", [*TRIANGLES, DAMPING])
-def test_a_phone_shows_all_of_it(browser: Chrome, site: str, book: Path, page: str) -> None:
-    place = opened(browser, site, page, book, size="phone")
+def test_a_phone_shows_all_of_it(browser: Chrome, site: str, page: str) -> None:
+    place = opened(browser, site, page, size="phone")
     outside = """const frame = arguments[0].getBoundingClientRect();
     return [...arguments[0].querySelectorAll('svg, input, select, table, p')].filter(part => {
         const box = part.getBoundingClientRect();
@@ -237,9 +232,9 @@ def test_a_phone_shows_all_of_it(browser: Chrome, site: str, book: Path, page: s
 
 
 @pytest.mark.parametrize("page", [*TRIANGLES, DAMPING])
-def test_it_stands_on_the_pages_own_ground(browser: Chrome, site: str, book: Path, page: str) -> None:
+def test_it_stands_on_the_pages_own_ground(browser: Chrome, site: str, page: str) -> None:
     """The theme lays what a cell writes on a light plate in the dark, where the picture's light lines would vanish."""
-    place = opened(browser, site, page, book, theme="dark")
+    place = opened(browser, site, page, theme="dark")
     ground = "return getComputedStyle(arguments[0].parentElement).backgroundColor"
     assert browser.execute_script(ground, place) in ("rgba(0, 0, 0, 0)", "transparent")
     light = "return getComputedStyle(arguments[0]).color.match(/\\d+/g).slice(0, 3).every(part => part > 120)"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import check_links
+import links_inside
 import pytest
 
 PASSES = ["b.html", "b.html#here", "#own", "#", "../index.html", "sub%20dir/c.html", "b.html?highlight=x#here", "a.png"]
@@ -40,20 +40,20 @@ def page(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("link", PASSES)
 def test_what_leads_somewhere_passes(page: Path, link: str) -> None:
     page.write_text(f'<a href="{link}">link</a><p id="own"></p>', encoding="utf-8")
-    assert check_links.complaints(page.parents[1]) == []
+    assert links_inside.complaints(page.parents[1]) == []
 
 
 @pytest.mark.parametrize("link", FAILS)
 def test_what_leads_nowhere_is_noticed_once(page: Path, link: str, capsys: pytest.CaptureFixture[str]) -> None:
     page.write_text(f'<a href="{link}">link</a><a href="{link}">link</a><p id="own"></p>', encoding="utf-8")
-    (said,) = check_links.complaints(page.parents[1])
+    (said,) = links_inside.complaints(page.parents[1])
     assert said.startswith("book/a.html: ")
     assert link in said
     assert FAILS[link] in said
-    assert check_links.main(page.parents[1]) == 1
+    assert links_inside.main(page.parents[1]) == 1
     assert capsys.readouterr().out == f"{said}\n"
 
 
 def test_pictures_and_scripts_are_looked_for_too(page: Path) -> None:
     page.write_text('<img src="no.png"><script src="no.js"></script>', encoding="utf-8")
-    assert len(check_links.complaints(page.parents[1])) == 2
+    assert len(links_inside.complaints(page.parents[1])) == 2

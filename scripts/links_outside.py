@@ -1,6 +1,6 @@
 """Does every link that leads out of the book still lead somewhere? Once a week a workflow asks.
 
-    python scripts/links.py
+    python scripts/links_outside.py
 
 This is Sphinx's `linkcheck` on the pages as they are written, without running a cell. It needs the network, so it is no
 part of the build. A page that has moved is shown; one that is gone fails.
@@ -9,6 +9,7 @@ part of the build. A page that has moved is shown; one that is gone fails.
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import build_book
 import sync_address
@@ -25,17 +26,13 @@ SETTINGS = {
 }
 
 
-def configuration(root: Path) -> dict:
+def configuration(root: Path) -> dict[str, Any]:
     """The book's own, without execution; links to a project that has no address yet are let through."""
-    config = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))
-    config["execute"] = {"execute_notebooks": "off"}
-    sphinx = config.setdefault("sphinx", {})
-    local = sphinx.get("local_extensions") or {}  # their folders are relative to the configuration, which moves
-    sphinx["local_extensions"] = {name: str((root / where).resolve()) for name, where in local.items()}
+    config = build_book.configuration(root) | {"execute": {"execute_notebooks": "off"}}
     url = sync_address.read_address(root).url if root == ROOT else ""
     unpublished = [re.escape(url)] if "/OWNER/" in url else []
     ignored = [*SETTINGS["linkcheck_ignore"], *unpublished]  # type: ignore[misc]
-    sphinx["config"] = {**(sphinx.get("config") or {}), **SETTINGS, "linkcheck_ignore": ignored}
+    config["sphinx"]["config"] |= {**SETTINGS, "linkcheck_ignore": ignored}
     return config
 
 

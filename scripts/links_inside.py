@@ -1,6 +1,6 @@
 """Check the links of built pages: what is linked inside of the book is there, and outside addresses are well formed.
 
-    python scripts/check_links.py _build/html
+    python scripts/links_inside.py _build/html
 
 Followed are `href` and `src` of every page, to the file and, after `#`, to the part of it. No other host is asked.
 """

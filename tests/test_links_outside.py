@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import links
+import links_outside
 import nbformat
 import pytest
 import yaml
@@ -46,16 +46,16 @@ def test_a_link_that_leads_nowhere_fails(site: str, tmp_path: Path, capsys: pyte
     (tmp_path / "_config.yml").write_text(yaml.safe_dump({"sphinx": {"config": {"language": "en"}}}), encoding="utf-8")
     (tmp_path / "_toc.yml").write_text(yaml.safe_dump({"format": "jb-book", "root": "page"}), encoding="utf-8")
     write_page(tmp_path, f"[One]({site}/here), [a DOI](https://doi.org/10.1000/182).")
-    assert links.check(tmp_path) == 0
+    assert links_outside.check(tmp_path) == 0
     write_page(tmp_path, f"[One]({site}/here), [another]({site}/gone).")
-    assert links.check(tmp_path) == 1
+    assert links_outside.check(tmp_path) == 1
     assert f"{site}/gone" in capsys.readouterr().out
 
 
 def test_the_book_is_followed_as_it_is_written() -> None:
-    config = links.configuration(ROOT)
+    config = links_outside.configuration(ROOT)
     assert config["execute"] == {"execute_notebooks": "off"}
     assert config["sphinx"]["local_extensions"]["claims_page"] == str(ROOT / "scripts")
-    assert ("/OWNER/" in links.sync_address.read_address(ROOT).url) == (
+    assert ("/OWNER/" in links_outside.sync_address.read_address(ROOT).url) == (
         len(config["sphinx"]["config"]["linkcheck_ignore"]) > 1
     )
