@@ -1,5 +1,6 @@
 /* Tables, code and formulas that are wider than the page scroll by themselves. Here they learn to be reached with the
-   Tab key, so that arrow keys scroll them, and to say what they are; and a table fades out where more of it is hidden. */
+   Tab key, so that arrow keys scroll them, and to say what they are; and a table or a formula fades out where more of
+   it is hidden. (In code, a line that is cut shows it by itself.) */
 "use strict";
 
 const WIDE = {
@@ -16,7 +17,7 @@ function markWideParts() {
   for (const [selector, kind] of Object.entries(WIDE)) {
     for (const [index, part] of document.querySelectorAll(`.bd-article :is(${selector})`).entries()) {
       const wide = part.scrollWidth > part.clientWidth + 1;
-      if (kind === "table") {
+      if (kind !== "code") {
         showMore(part);
         part.onscroll = () => showMore(part);
       }

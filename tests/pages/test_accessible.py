@@ -94,6 +94,29 @@ def test_formulas_are_read_out(browser: Chrome, site: str) -> None:
     assert spoken == browser.execute_script("return document.querySelectorAll('mjx-container').length") > 0
 
 
+FORMULAS = """
+const hidden = part => part.scrollWidth > part.clientWidth + 1;
+const done = arguments[0];
+MathJax.startup.promise.then(() => requestAnimationFrame(() => requestAnimationFrame(() => {
+  const wide = [...document.querySelectorAll('.bd-article div.math')].filter(hidden);
+  const fading = [...document.querySelectorAll('.bd-article div.math.has-more')];
+  const inner = [...document.querySelectorAll('div.math > mjx-container')].filter(
+    part => ['auto', 'scroll', 'hidden'].includes(getComputedStyle(part).overflowX) && hidden(part));
+  const reached = wide.filter(part => part.tabIndex === 0).length;
+  wide.forEach(part => { part.scrollLeft = part.scrollWidth; });
+  setTimeout(() => done({wide: wide.length, fading: fading.length, reached, inner: inner.length,
+    left: document.querySelectorAll('.bd-article div.math.has-more').length}), 500);
+})));
+"""
+
+
+def test_a_formula_wider_than_a_phone_fades_until_it_is_scrolled_to_its_end(browser: Chrome, site: str) -> None:
+    browsing.show(browser, f"{site}/book/neighbours/16_mirror_descent_and_norms.html", size="phone")
+    found = browser.execute_async_script(FORMULAS)
+    assert found["wide"] > 0
+    assert found == {"wide": found["wide"], "fading": found["wide"], "reached": found["wide"], "inner": 0, "left": 0}
+
+
 STOP = """
 const at = document.activeElement;
 return {
