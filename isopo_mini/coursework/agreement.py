@@ -43,9 +43,9 @@ def assert_agrees(got: Any, expected: Tensor | float, *, rtol: float = 1e-7, ato
     difference = (got - right).abs()
     if (difference > atol + rtol * right.abs()).any():
         size = max(right.abs().max().item(), math.ulp(0.0))
+        hint = f"; yours are of {precision}, and double precision (float64) is asked for"
         rounded = precision != "float64" and bool(difference.max() < 1e-3 * size)
         raise AssertionError(
             f"expected other numbers: the largest difference is {difference.max().item():.3g}, "
-            f"where the largest right number is {size:.3g}"
-            + f"; yours are of {precision}, and double precision (float64) is asked for" * rounded
+            f"where the largest right number is {size:.3g}{hint if rounded else ''}"
         )
