@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +70,18 @@ def build(root: Path = ROOT, jobs: int | None = None, options: Sequence[str] = (
     """
     records = records or root / RECORDS
     shutil.rmtree(records, ignore_errors=True)
-    command = [sys.executable, "-c", BUILD, str(jobs or os.cpu_count() or 1), *options, str(root)]
+    jobs = jobs or os.cpu_count() or 1
+    command = [sys.executable, "-c", BUILD, str(jobs), *options, str(root)]
     lines = []
     with (
         chapter_records.listening(records) as environment,
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", cwd=root, env=environment
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            cwd=root,
+            env=with_threads(environment, jobs),
         ) as process,
     ):
         for line in process.stdout or ():
@@ -89,6 +95,14 @@ def build(root: Path = ROOT, jobs: int | None = None, options: Sequence[str] = (
         others = "\n".join(trouble(lines))
         print("\n\n".join(part for part in (failures, others) if part) or "nothing that this script knows; see above")
     return process.returncode
+
+
+def with_threads(environment: Mapping[str, str], jobs: int) -> dict[str, str]:
+    """The environment with one thread a chapter where several run at a time, unless it says how many there are to be.
+
+    Chapters that each take all cores wait for one another: on two cores the build takes a fifth longer.
+    """
+    return ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {}) | dict(environment)
 
 
 def configuration(root: Path = ROOT) -> dict[str, Any]:

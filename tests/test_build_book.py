@@ -94,3 +94,9 @@ def test_a_book_with_two_failing_chapters_says_of_each_what_to_do(
 def test_what_a_kernel_says_of_its_sockets_is_no_trouble() -> None:
     lines = ["[IPKernelApp] WARNING | Kernel is running over TCP", "\x1b[91ma.md:3: WARNING: no such page\x1b[39m"]
     assert build_book.trouble(lines * 2) == ["a.md:3: WARNING: no such page"]
+
+
+def test_chapters_side_by_side_have_a_thread_each_unless_told_otherwise() -> None:
+    assert build_book.with_threads({"A": "b"}, jobs=2) == {"A": "b", "OMP_NUM_THREADS": "1"}
+    assert build_book.with_threads({"OMP_NUM_THREADS": "3"}, jobs=2) == {"OMP_NUM_THREADS": "3"}
+    assert build_book.with_threads({}, jobs=1) == {}
