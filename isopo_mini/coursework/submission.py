@@ -24,6 +24,7 @@ from isopo_mini.coursework.stopwatch import Stopwatch
 from isopo_mini.coursework.worker import Held
 
 RESTARTS = 12
+ALL_SPENT = "the time of the whole submission is spent"
 START_SECONDS = 120.0  # for Python and torch, on a busy machine; not the submission's time
 
 
@@ -95,6 +96,8 @@ class Submission:
     def _start(self) -> None:
         """Start the process if it is not running, and execute the cells; again, without those that end it."""
         while self._guarded is None:
+            if self.spent >= self.limits.seconds:
+                raise SubmissionError(ALL_SPENT)
             if self._starts == RESTARTS:
                 raise SubmissionError(f"its process ended {RESTARTS} times")
             self._starts += 1
@@ -133,7 +136,7 @@ class Submission:
             theirs_in,
             theirs_out,
             limits.memory,
-            int(limits.seconds) + 1,
+            int(limits.seconds + START_SECONDS),  # the system's own end, for when the stopwatch has failed
             limits.disk // 2,
             most_processes(limits),
         )
@@ -172,6 +175,8 @@ class Submission:
         """
         assert self._guarded is not None
         counted = allowed is None
+        if counted and self.spent >= self.limits.seconds:  # what answers at once would still get through
+            raise SubmissionError(self._stop(ALL_SPENT))
         allowed = min(self.limits.call_seconds, self.limits.seconds - self.spent) if allowed is None else allowed
         watch = Stopwatch(self._guarded, allowed)
         try:
@@ -184,7 +189,7 @@ class Submission:
         except (TimeoutError, EOFError, BrokenPipeError, ValueError, _EndedError) as error:
             self.spent += watch.seconds() * counted  # before it is gone, and its seconds with it
             whole = counted and self.spent >= self.limits.seconds
-            took = f"it took more than {allowed:.3g} s" if not whole else "the time of the whole submission is spent"
+            took = f"it took more than {allowed:.3g} s" if not whole else ALL_SPENT
             said = took if isinstance(error, TimeoutError) else str(error)
             # A guard that ends it at this moment has the better reason, so nothing is said yet where it is just gone.
             gone = isinstance(error, EOFError | BrokenPipeError)
