@@ -100,7 +100,7 @@ def build(root: Path = ROOT, jobs: int | None = None, options: Sequence[str] = (
 def with_threads(environment: Mapping[str, str], jobs: int) -> dict[str, str]:
     """The environment with one thread a chapter where several run at a time, unless it says how many there are to be.
 
-    Chapters that each take all cores wait for one another: on two cores the build takes a fifth longer.
+    Chapters that each take all cores wait for one another.
     """
     return ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {}) | dict(environment)
 
