@@ -37,7 +37,7 @@ $(VENV)/.axe: $(INSTALLED)
 pages: $(VENV)/.axe  ## Check the built book: links, and in Chromium keyboard, contrast and the pictures one can move
 	@test -f _build/html/index.html || { echo "There is no book yet: type make book first"; exit 1; }
 	@command -v chromedriver > /dev/null || { echo "No browser to drive: apt-get install chromium chromium-driver"; exit 1; }
-	@echo "Checking the built pages, with the network cut (about three minutes)"
+	@echo "Checking the built pages, with the network cut (up to ten minutes)"
 	$(BIN)/python scripts/links_inside.py _build/html
 	PAGES=_build/html $(BIN)/python -m pytest tests/pages
 
@@ -50,7 +50,7 @@ pdf: $(INSTALLED)  ## Print the built book with Chromium: one file, solutions at
 ON_ALL_CORES := -n logical --maxprocesses 8 --dist worksteal
 
 test: $(INSTALLED)  ## Run all tests
-	@echo "Running the tests, in a process a core (under ten minutes on two)"
+	@echo "Running the tests, in a process a core (about ten minutes on two)"
 	$(BIN)/python -m pytest $(ON_ALL_CORES)
 
 # Its own environment and lock: transformers, peft and trl are large, and nothing else needs them. The weights of

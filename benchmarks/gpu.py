@@ -18,27 +18,29 @@ from pathlib import Path
 
 import torch
 
+from isopo_mini.experiments.setups import MADE, WARM_START_OPTIONS
+
 HERE = Path(__file__).parent
+WEIGHTS = "addition_large.safetensors"
 # The optimizers and step sizes are those that the search on `addition` chose for 240 batches.
 LARGE = ("reinforce/muon@0.0008", "ppo/muon@0.0002", "ntk:damping=0.3,scale=natural,gram=fast/sgd@20")
 
 
 def parts(device: str, out: Path) -> dict[str, list[str]]:
     """The commands by name, in the order of their worth."""
-    python, weights = sys.executable, Path("weights/addition_large.safetensors")
     options = ["--device", device]
-    benchmarks = {
-        name: [python, str(HERE / f"{name}.py"), *options, "--out", str(out / f"{name}.csv")]
+    commands = {
+        name: [sys.executable, str(HERE / f"{name}.py"), *options, "--out", str(out / f"{name}.csv")]
         for name in ("step_cost", "iteration_cost", "gram_cost", "rollout")
     }
-    size = ["--width", "256", "--layers", "4", "--heads", "8"]
-    start = [python, "-m", "isopo_mini.tasks.warm_start", "addition:digits=3", *size, *options, "--out", str(weights)]
-    runs = ["addition-large", "--rules", *LARGE, "--seeds", "0", "--steps", "100", "--processes", "1", *options]
-    large = {
-        "warm start of addition-large": start,
-        "addition-large": [python, "-m", "isopo_mini.experiments", *runs, "--out", str(out / "addition_large")],
-    }
-    return benchmarks | ({"addition-large": large["addition-large"]} if weights.exists() else large)
+    weights = MADE / WEIGHTS
+    if not weights.exists():
+        size = WARM_START_OPTIONS[WEIGHTS].split()
+        start = [sys.executable, "-m", "isopo_mini.tasks.warm_start", "addition:digits=3", *size]
+        commands["warm start of addition-large"] = [*start, *options, "--out", str(weights)]
+    run = [sys.executable, "-m", "isopo_mini.experiments", "addition-large", "--rules", *LARGE, *options]
+    run += ["--seeds", "0", "--steps", "100", "--processes", "1", "--out", str(out / "addition_large")]
+    return commands | {"addition-large": run}
 
 
 def run_all(commands: Mapping[str, Sequence[str]], seconds: float) -> dict[str, str]:

@@ -111,7 +111,8 @@ def time_of_gram_matrices(rounds: int, device: torch.device) -> list[dict[str, o
         first_delta = (last_delta @ last.weight) * (1.0 - hidden.square())
         return sum((x @ x.T + 1.0) * (d @ d.T) for x, d in ((observations, first_delta), (hidden, last_delta)))
 
-    others = by_other_libraries(policy, observations, actions) if device.type == "cpu" else {}
+    data = (observations, actions)
+    others = by_other_libraries(policy, chosen_log_probs, *data) if device.type == "cpu" else {}
     for gram in (by_engine, by_hand, *others.values()):  # the same matrix, in float32
         torch.testing.assert_close(gram(), by_vmap(), rtol=1e-4, atol=1e-5)
     methods = {"engine": by_engine, "forward and backward alone": forward_and_backward, "by hand": by_hand} | others

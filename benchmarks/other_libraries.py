@@ -17,14 +17,24 @@ from isopo_mini.policies import MLP
 warnings.filterwarnings("ignore", message="Full backward hook is firing")
 
 
-def by_other_libraries(policy: MLP, observations: Tensor, actions: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """By name; without those that are not installed."""
+def by_other_libraries(
+    policy: MLP, log_probs: Callable[[Tensor, Tensor], Tensor], observations: Tensor, actions: Tensor
+) -> dict[str, Callable[[], Tensor]]:
+    """By name; without those that are not installed.
+
+    Args:
+        policy: of one hidden layer.
+        log_probs: from logits and actions.
+        observations: `(N, features)`.
+        actions: `(N,)`.
+    """
     makers = {
         "opacus, per-sample gradients": ("opacus", _opacus),
         "BackPACK, batch gradients": ("backpack", _backpack),
-        "JAX, jit of vmap(grad)": ("jax", _jax),
     }
-    return {name: make(policy, observations, actions) for name, (module, make) in makers.items() if find_spec(module)}
+    data = (observations, actions)
+    found = {name: make(policy, log_probs, *data) for name, (module, make) in makers.items() if find_spec(module)}
+    return found | ({"JAX, jit of vmap(grad)": _jax(policy, *data)} if find_spec("jax") else {})
 
 
 def _product(gradients: list[Tensor]) -> Tensor:
@@ -33,12 +43,7 @@ def _product(gradients: list[Tensor]) -> Tensor:
     return rows @ rows.T
 
 
-def _log_probs(logits: Tensor, actions: Tensor) -> Tensor:
-    """log π of the actions."""
-    return logits.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-
-
-def _opacus(policy: MLP, observations: Tensor, actions: Tensor) -> Callable[[], Tensor]:
+def _opacus(policy: MLP, log_probs: Callable, observations: Tensor, actions: Tensor) -> Callable[[], Tensor]:
     from opacus import GradSampleModule
 
     with warnings.catch_warnings():
@@ -47,13 +52,13 @@ def _opacus(policy: MLP, observations: Tensor, actions: Tensor) -> Callable[[], 
 
     def run() -> Tensor:
         watched.zero_grad()
-        _log_probs(watched(observations), actions).sum().backward()
+        log_probs(watched(observations), actions).sum().backward()
         return _product([parameter.grad_sample for parameter in watched.parameters()])
 
     return run
 
 
-def _backpack(policy: MLP, observations: Tensor, actions: Tensor) -> Callable[[], Tensor]:
+def _backpack(policy: MLP, log_probs: Callable, observations: Tensor, actions: Tensor) -> Callable[[], Tensor]:
     from backpack import backpack, extend
     from backpack.extensions import BatchGrad
 
@@ -62,7 +67,7 @@ def _backpack(policy: MLP, observations: Tensor, actions: Tensor) -> Callable[[]
     def run() -> Tensor:
         layers.zero_grad()
         with backpack(BatchGrad()):
-            _log_probs(layers(observations), actions).sum().backward()
+            log_probs(layers(observations), actions).sum().backward()
         return _product([parameter.grad_batch for parameter in layers.parameters()])
 
     return run

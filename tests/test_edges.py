@@ -312,8 +312,8 @@ ENTRIES: dict[str, list[Entry]] = {
     "geometry.ntk_solvers.is_above_rounding": [
         Entry(lambda d: [float(isopo.is_above_rounding(ratio, d.gram())) for ratio in (1e-30, 1e3)])
     ],
-    "geometry.ntk_solvers.is_single_enough": [
-        Entry(lambda d: [float(isopo.is_single_enough(ratio, d.gram())) for ratio in (1e-30, 1e3)])
+    "geometry.ntk_solvers.single_precision_suffices": [
+        Entry(lambda d: [float(isopo.single_precision_suffices(ratio, d.gram())) for ratio in (1e-30, 1e3)])
     ],
     "geometry.ntk_solvers.solve_ntk": [Entry(lambda d: ntk(isopo.solve_ntk, d))],
     "geometry.ntk_solvers.solve_ntk_in_single": [Entry(lambda d: ntk(solve_ntk_in_single, d))],

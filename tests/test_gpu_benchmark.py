@@ -32,7 +32,7 @@ def test_what_it_runs_is_there(gpu: ModuleType, tmp_path: Path, monkeypatch: pyt
     for name, command in commands.items():
         module = command[2] if command[1] == "-m" else None
         assert importlib.util.find_spec(module) if module else Path(command[1]).exists(), name
-        assert command[command.index("--device") + 1] == "cuda"
+        assert command[-1 - command[::-1].index("--device") + 1] == "cuda"  # the last one counts
     assert "warm start of addition-large" in commands
     assert setup_of("addition-large").steps >= 100
     for rule in gpu.LARGE:

@@ -21,7 +21,7 @@ class Resources:
     Args:
         path: how Gram matrices of weight matrices are made, one of `PATHS`.
         sketch_size: k of the sketched path.
-        workspace: memory for the dense path.
+        workspace: memory for the G_s of the dense path, and for factors that carry the coefficients.
         generator_of: the source of randomness on a device.
         token_mask: `(S, T)`, which positions may be sampled as tokens; None for all.
         loss_scale: s.

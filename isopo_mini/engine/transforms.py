@@ -117,7 +117,7 @@ class NTK:
         if columns is not None and isopo.is_above_rounding(self.damping, columns):
             eigenvalue = columns.double().square().sum() / len(columns)
             damping = self.damping * averages.blend("eigenvalue", eigenvalue.to(columns.dtype))
-            single = isopo.is_single_enough(self.damping, columns)
+            single = isopo.single_precision_suffices(self.damping, columns)
             coefficients = isopo.solve_ntk_by_columns(columns, advantages, damping, single)
         else:
             gram = layer.gram()

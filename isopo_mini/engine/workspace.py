@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 class Workspace:
-    """Memory for the G_s, used again by every layer: fresh pages cost the CPU more than the arithmetic."""
+    """Memory for the G_s and for weighted factors, used again by every layer.
+
+    Fresh pages cost the CPU more than the arithmetic.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[torch.dtype, Tensor] = {}

@@ -117,7 +117,7 @@ def language(device: torch.device) -> tuple[ReasoningTask, PretrainedPolicy]:
 # Where weights may be: in the package, however it was installed, and under the folder that the command is given in.
 SHIPPED, MADE = Path(isopo_mini.__file__).parent / "data", Path("weights")
 # Options of the command that makes the weights, where they are not its defaults.
-_SIZES = {"addition_large.safetensors": "--width 256 --layers 4 --heads 8 --device cuda "}
+WARM_START_OPTIONS = {"addition_large.safetensors": "--width 256 --layers 4 --heads 8 --device cuda "}
 
 
 def start_weights(name: str, task: str) -> Path:
@@ -141,7 +141,7 @@ def start_weights(name: str, task: str) -> Path:
             return path
     raise ValueError(
         f"weights: expected {name} in the package, or in {MADE}/ of the working directory, got neither; make it with "
-        f"python -m isopo_mini.tasks.warm_start {task} {_SIZES.get(name, '')}--out {MADE / name}"
+        f"python -m isopo_mini.tasks.warm_start {task} {WARM_START_OPTIONS.get(name, '')}--out {MADE / name}"
     )
 
 

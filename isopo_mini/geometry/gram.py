@@ -66,7 +66,7 @@ def inner_products(gradients: Float[Tensor, "S ..."]) -> Float[Tensor, "S S"]:
     size = flat.shape[1]
     whole = size // SUMMED_AT_ONCE
     if whole < 2 or flat.dtype == torch.float64:
-        return flat @ flat.T if len(flat) < MANY_ROWS else _with_its_transpose(flat)
+        return flat @ flat.T if len(flat) < MANY_ROWS else _product_by_strips(flat)
     end = whole * SUMMED_AT_ONCE
     blocks = flat[:, :end].unflatten(1, (whole, SUMMED_AT_ONCE)).transpose(0, 1)  # (blocks, S, entries), no copy
     total = torch.bmm(blocks, blocks.mT).sum(dim=0, dtype=torch.float64)
@@ -75,7 +75,7 @@ def inner_products(gradients: Float[Tensor, "S ..."]) -> Float[Tensor, "S S"]:
     return total.to(flat.dtype)
 
 
-def _with_its_transpose(rows: Float[Tensor, "S n"]) -> Float[Tensor, "S S"]:
+def _product_by_strips(rows: Float[Tensor, "S n"]) -> Float[Tensor, "S S"]:
     """The rows' inner products: the lower triangle in four strips, mirrored; five eighths of the multiplications."""
     product = rows.new_zeros(len(rows), len(rows))
     height = -(-len(rows) // 4)

@@ -18,8 +18,8 @@ from torch import Tensor
 from isopo_mini import checks
 from isopo_mini.geometry.ntk_solvers import in_precision_of
 from isopo_mini.geometry.ntk_solvers import is_above_rounding as is_above_rounding
-from isopo_mini.geometry.ntk_solvers import is_single_enough as is_single_enough
 from isopo_mini.geometry.ntk_solvers import over_scale as over_scale
+from isopo_mini.geometry.ntk_solvers import single_precision_suffices as single_precision_suffices
 from isopo_mini.geometry.ntk_solvers import solve_ntk as solve_ntk
 from isopo_mini.geometry.ntk_solvers import solve_ntk_by_columns as solve_ntk_by_columns
 from isopo_mini.geometry.ntk_solvers import solve_ntk_by_eigenvalues as solve_ntk_by_eigenvalues

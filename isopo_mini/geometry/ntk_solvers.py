@@ -14,10 +14,10 @@ def solver_for(ratio: float, gram: Float[Tensor, "S S"]) -> Callable[[Tensor, Te
     """Which of `solve_ntk`, `solve_ntk_in_single` and `solve_ntk_by_eigenvalues` to take for λ = ratio · tr K/S."""
     if not is_above_rounding(ratio, gram):
         return solve_ntk_by_eigenvalues
-    return solve_ntk_in_single if is_single_enough(ratio, gram) else solve_ntk
+    return solve_ntk_in_single if single_precision_suffices(ratio, gram) else solve_ntk
 
 
-def is_single_enough(ratio: float, gram: Float[Tensor, "S _"]) -> bool:
+def single_precision_suffices(ratio: float, gram: Float[Tensor, "S _"]) -> bool:
     """Whether single precision saves time for λ = ratio · tr K/S and loses no more than `SINGLE_ERROR` of c.
 
     I + K/λ has eigenvalues from 1 to at most 1 + S/ratio, since none of K is above its trace.
@@ -58,7 +58,7 @@ def solve_ntk_in_single(
 ) -> Float[Tensor, "S"]:
     """`solve_ntk` by a Cholesky factor in single precision, for many sequences and a K that is no more precise itself.
 
-    For a λ that `is_single_enough`: c is off by no more than the rounding of K makes it anyway. It takes half of the
+    Where `single_precision_suffices`: c is off by no more than the rounding of K makes it anyway. It takes half of the
     time at S = 256.
     """
     dtype = torch.promote_types(gram.dtype, torch.float32)

@@ -99,8 +99,7 @@ def draw_projection(
     Raises:
         ValueError: `size` is less than 1, or the kind is unknown.
     """
-    if size < 1:
-        raise ValueError(f"size: expected at least 1, got {size}")
+    checks.require_at_least("size", size, 1)
     checks.require_choice("kind", kind, KINDS)
     if kind == "signs" and length % size == 0:
         return SignProjection(random_signs((length // size, size), like, generator))
@@ -124,8 +123,6 @@ def draw_sketch(
     Raises:
         ValueError: `size` is less than 1, or the kind is unknown.
     """
-    if size < 1:
-        raise ValueError(f"size: expected at least 1, got {size}")
     sides = [
         draw_projection(size, length, like, generator, kind) if length > size else None for length in (rows, columns)
     ]

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from isopo_mini import engine
 from isopo_mini.engine import NTK, FisherNormalized, Isopo
+from isopo_mini.engine.fallback import Fallback
 
 # --- Compiled inside of the block, kept afterwards ----------------------------------------------------------------
 
@@ -145,3 +146,20 @@ def test_gram_matrices_with_checkpoints() -> None:
     torch.testing.assert_close(engine.gram_matrices(model, recomputed), plain, rtol=1e-12, atol=1e-13)
     with pytest.raises(RuntimeError, match=r"^log_probs: .* got a checkpoint .* use_reentrant=False$"):
         engine.gram_matrices(model, lambda: score(checkpoint(model[2], model[0](X), use_reentrant=True)))
+
+
+def test_a_parameters_form_is_asked_for_without_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shape, dtype and their like inside of a block are the parameter's, and no function that no handler knows."""
+    layer = nn.Linear(3, 2).double()
+    outside = [layer.weight.shape, layer.weight.dtype, layer.weight.device, layer.weight.ndim, layer.weight.size(1)]
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the fallback was asked")
+
+    monkeypatch.setattr(Fallback, "__call__", refuse)
+    with Isopo(layer, NTK()).microbatch(torch.ones(4, dtype=torch.float64)):
+        weight = layer.weight
+        inside = [weight.shape, weight.dtype, weight.device, weight.ndim, weight.size(1)]
+        with pytest.raises(AssertionError, match="the fallback was asked"):
+            weight.sin()
+    assert inside == outside
