@@ -40,7 +40,7 @@ SMALL_NETWORK = {
     "natural": {"sgd": 1.0, "momentum": 0.1} | ADAPTIVE,
     "old policy": {"sgd": 0.1, "momentum": 0.02} | ADAPTIVE,
     "whole Fisher": {"sgd": 0.1, "momentum": 0.02} | ADAPTIVE,
-    "rank one": {"adamw": 0.024},
+    "rank one": {"sgd": 0.1, "momentum": 0.02} | ADAPTIVE,  # at λ = 1 it is about the gradient
     "trust region": {"sgd": 0.001},  # a bound on the KL: there is no optimizer
     "nats": {"sgd": 1e-4, "adamw": 1e-4},
 }
@@ -136,7 +136,9 @@ for unit, damping in (("step", 1), ("step", 300), ("sequence", 1), ("sequence", 
     CARTPOLE_DAMPING[f"ntk:damping={damping},unit={unit}"] = Family("ntk", ("adamw",))
     CARTPOLE_DAMPING[f"ntk:damping={damping},unit={unit},scale=natural"] = Family("natural", ("sgd",))
 # Beside `cartpole`: the Fisher matrix of one sampled score (chapter 15).
-CARTPOLE_RANK_ONE = {"rank_one": Family("rank one", ("adamw",))}
+RANK_ONE = {"rank_one:damping=0.1|1": Family("rank one")}
+# The same on another task, with what it is compared with.
+ACROBOT = RANK_ONE | {"reinforce": Family("gradient"), "trpo": Family("trust region", ("sgd",))}
 # The other two tasks: what addition left in front, and what it is compared with. Under AdamW and Muon the two scales
 # of the NTK are one rule, so each scale gets the optimizers that suit it.
 OTHER_TASKS = {
@@ -201,8 +203,6 @@ class Grid:
         report: what is reported.
         factor: between the first step sizes.
         report_seeds: of the runs that are reported.
-        points: how many of them.
-        searching: go on from these step sizes where the best is at an end.
     """
 
     task: str
@@ -212,18 +212,16 @@ class Grid:
     report: tuple[str, ...] = BEST
     factor: int = FACTOR
     report_seeds: range = REPORT_SEEDS
-    points: int = POINTS
-    searching: bool = True
 
     def command(self, name: str) -> list[str]:
         """The arguments of `python -m isopo_mini.experiments`."""
         rules = [
-            f"{rule}/{optimizer}@" + ",".join(f"{start * self.factor**i:g}" for i in range(self.points))
+            f"{rule}/{optimizer}@" + ",".join(f"{start * self.factor**i:g}" for i in range(POINTS))
             for rule, family in self.rules.items()
             for optimizer, start in self.starts[family.scale].items()
             if optimizer in family.optimizers
         ]
-        line = [self.task, "--rules", *rules, *["--search"] * self.searching, "--report", *self.report]
+        line = [self.task, "--rules", *rules, "--search", "--report", *self.report]
         line += ["--report-seeds", *map(str, self.report_seeds), *self.options.split()]
         return [*line, "--out", f"results/{name}"]
 
@@ -238,15 +236,13 @@ OPTIONS = "--screen 1 --seeds 0 1 2 --steps 60 --evaluations 15"
 LONG_OPTIONS = "--screen 1 --seeds 0 1 2 --steps 240 --evaluations 60"
 # Three seeds promise too much there: see chapter 10.
 CARTPOLE_OPTIONS = "--screen 2 --seeds 0 1 2 3 4 5 6 7 8 9 --sequences 32 --steps 20 --evaluations 10"
-SHORT_CARTPOLE_OPTIONS = "--seeds 0 1 2 --sequences 32 --steps 20 --evaluations 10"
 GRIDS = {
     "bandit": Grid("bandit", BANDIT | OWN_ADVANTAGES, BANDIT_OPTIONS, SMALL_NETWORK),
     "bandit_context_baseline": Grid("bandit", with_advantages(BANDIT, "leave_one_out"), BANDIT_OPTIONS, SMALL_NETWORK),
     "cartpole": Grid("cartpole", CARTPOLE, CARTPOLE_OPTIONS, SMALL_NETWORK),
     "cartpole_damping": Grid("cartpole", CARTPOLE_DAMPING, CARTPOLE_OPTIONS, SMALL_NETWORK, EVERY),
-    "cartpole_rank_one": Grid(
-        "cartpole", CARTPOLE_RANK_ONE, SHORT_CARTPOLE_OPTIONS, SMALL_NETWORK, factor=2, points=2, searching=False
-    ),
+    "cartpole_rank_one": Grid("cartpole", RANK_ONE, CARTPOLE_OPTIONS, SMALL_NETWORK),
+    "acrobot": Grid("acrobot", ACROBOT, "--screen 1 --seeds 0 1 2", SMALL_NETWORK),
     "addition_60": Grid("addition", TOKENS, OPTIONS, TRANSFORMER, BEST + ATTRIBUTION),
     "addition_60_more": Grid("addition", MORE_TOKENS, OPTIONS, TRANSFORMER),
     "addition_60_clip": Grid("addition", CLIPS, OPTIONS, TRANSFORMER),

@@ -24,7 +24,7 @@ from isopo_mini.rules.rule_parts import (
     centred_advantages,
     standardised_advantages,
 )
-from isopo_mini.tasks import CartPole, ContextualBandit, Pendulum, TokenTask, make_task
+from isopo_mini.tasks import Acrobot, CartPole, ContextualBandit, Pendulum, TokenTask, make_task
 from isopo_mini.tasks.bandit_instances import FEATURES, MEAN_REWARDS
 from isopo_mini.tasks.reasoning import ReasoningTask
 from isopo_mini.training.loop import Task
@@ -96,6 +96,11 @@ def bandit(device: torch.device) -> tuple[ContextualBandit, MLP]:
 def cartpole(device: torch.device) -> tuple[CartPole, MLP]:
     """CartPole-v1 with a network of 64 hidden units; `evaluate` plays 128 episodes."""
     return CartPole(evaluation_episodes=128), MLP(4, 2, hidden=(64,)).to(device)
+
+
+def acrobot(device: torch.device) -> tuple[Acrobot, MLP]:
+    """Acrobot-v1 with a network of 64 hidden units; rewards a tenth, `evaluate` plays 128 plain episodes."""
+    return Acrobot(reward_scale=0.1), MLP(6, 3, hidden=(64,)).to(device)
 
 
 def pendulum(device: torch.device) -> tuple[Pendulum, GaussianPolicy]:
@@ -178,6 +183,18 @@ SETUPS: dict[str, Setup] = {
         unit="step",
         more_advantages={"gae": episode_advantages(discount=0.99, trace_decay=0.95)},
         evaluations=30,
+    ),
+    "acrobot": Setup(
+        "Acrobot-v1: 16 episodes a batch, network of 64; unit and advantages by time step",
+        acrobot,
+        sequences=16,
+        steps=30,
+        target=-100.0,
+        by_step="gae",
+        unit="step",
+        more_advantages={"gae": episode_advantages(discount=0.99, trace_decay=0.95)},
+        evaluations=15,
+        lowest=-500.0,
     ),
     "pendulum": Setup(
         "Pendulum-v1: 8 episodes a batch, a Gaussian policy; unit and advantages by time step",

@@ -3,7 +3,8 @@
 `isopo_mini.tasks.warm_start`, which is also a command, is imported by name.
 """
 
-from isopo_mini.tasks import bandit, cartpole, lqr, mdp, occupancy, pendulum, slow_chain, token_task, tokens
+from isopo_mini.tasks import acrobot, bandit, cartpole, lqr, mdp, occupancy, pendulum, slow_chain, token_task, tokens
+from isopo_mini.tasks.acrobot import Acrobot
 from isopo_mini.tasks.bandit import Bandit, ContextualBandit
 from isopo_mini.tasks.cartpole import CartPole, Episodes
 from isopo_mini.tasks.lqr import LinearQuadratic
@@ -21,6 +22,7 @@ from isopo_mini.tasks.tokens import Addition, Brackets, ModularArithmetic, Sorti
 
 __all__ = [
     "MDP",
+    "Acrobot",
     "Addition",
     "Bandit",
     "Brackets",
@@ -34,6 +36,7 @@ __all__ = [
     "SlowChain",
     "Sorting",
     "TokenTask",
+    "acrobot",
     "bandit",
     "cartpole",
     "evaluate_many",

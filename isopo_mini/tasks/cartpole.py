@@ -150,11 +150,11 @@ class CartPole:
         mask = torch.arange(len(actions)) < torch.from_numpy(lengths)[:, None]
         mask = mask.to(like.device)
         return Episodes(
-            observations=_by_episode(observations, mask),
-            actions=_by_episode(actions, mask),
+            observations=by_episode(observations, mask),
+            actions=by_episode(actions, mask),
             mask=mask,
             rewards=mask.to(like.dtype),
-            log_probs=_by_episode(log_probs, mask),
+            log_probs=by_episode(log_probs, mask),
             truncated=torch.from_numpy(truncated).to(like.device),
             final_observations=torch.from_numpy(final).to(like),
         )
@@ -167,7 +167,7 @@ class CartPole:
         return {"return": episodes.total_rewards().mean().item()}
 
 
-def _by_episode(steps: list[Tensor], mask: Bool[Tensor, "S T"]) -> Tensor:
+def by_episode(steps: list[Tensor], mask: Bool[Tensor, "S T"]) -> Tensor:
     """From one tensor a time step, with a row for each episode that still ran, to `(S, T, ...)`, zero in padding."""
     flat = torch.cat(steps)
     values = flat.new_zeros(*mask.T.shape, *flat.shape[1:])
