@@ -23,6 +23,7 @@ from isopo_mini.engine import (  # noqa: F401  (importing registers them)
     recurrent_handlers,
 )
 from isopo_mini.engine.across_ranks import GatheredGradients, Ranks
+from isopo_mini.engine.blocks import Blocks
 from isopo_mini.engine.fallback import MAX_BYTES, Fallback
 from isopo_mini.engine.layer_gradients import LayerGradients
 from isopo_mini.engine.loss_scale import check_loss_scale, grad_scaler_noticed
@@ -114,6 +115,7 @@ class Isopo:
         *,
         loss_scale: float | Float[Tensor, ""] = 1.0,
         segments: Int[Tensor, "..."] | None = None,
+        block_size: int | None = None,
     ) -> Iterator[Microbatch]:
         """Open a microbatch: run the forward and the backward pass inside the `with` block.
 
@@ -130,12 +132,15 @@ class Isopo:
                 cannot see s; untold, it would make of a Fisher-normalised step, divided by s again, s⁻² times that
                 step. Do not count a `torch.amp.GradScaler`: its method `scale` is noticed inside the block.
 
+            block_size: how many sequences share a Gram matrix, one after another: the step of as many microbatches of
+                this size as there are, in one pass. All of them when None. Sketches are shared by all blocks.
+
         Raises:
             ValueError: advantages are not a finite floating `(S,)`; a layer's input does not have S first, or has rows
                 of other sequences there; sequences are in another order, or in a batch normalisation; the loss has a
                 trainable parameter that the model has not; a parameter was exchanged, as `torch.func.functional_call`
                 does, or is on the meta device, or is used as the shard of it that a process has; the loss scale is not
-                positive.
+                positive; the block size is less than 1, or given with a process group.
             UnhandledParameterError: a trainable parameter is used in a way that no handler covers.
             RuntimeError: a microbatch of this model is open already; a parameter was replaced; what a use kept was
                 changed in place; a checkpoint is re-entrant; a backward pass stopped halfway, was a second one for
@@ -151,14 +156,19 @@ class Isopo:
         advantages = advantages.detach()
         packed = None if segments is None else Segments.checked(segments, len(advantages))
 
-        resources = self._resources(mask, loss_scale)
+        blocks = self._blocks(len(advantages), block_size, mask, loss_scale)
+        resources = blocks.resources[0]
         ranks = self.ranks
         all_advantages = advantages if ranks is None else ranks.all_advantages(advantages)
 
         def note_scaler(scale: Tensor) -> None:
-            resources.loss_scale = loss_scale * scale
+            for of_block in blocks.resources:
+                of_block.loss_scale = loss_scale * scale
 
         def close_layer(name: str, uses: Uses) -> dict[str, Tensor]:
+            if len(blocks.places) > 1:
+                of_layers[name], combined = blocks.gradients(uses, self.transform, advantages, self.averages(name))
+                return combined
             gradients = LayerGradients(uses, resources)
             asked = gradients if ranks is None else GatheredGradients(gradients, ranks)
             coefficients = self.transform.coefficients(asked, all_advantages, self.averages(name))
@@ -227,6 +237,17 @@ class Isopo:
     def averages(self, layer: str) -> MovingAverages:
         """The moving averages of one layer."""
         return self._averages.setdefault(layer, MovingAverages(self._decay))
+
+    def _blocks(self, sequences: int, size: int | None, mask: Tensor | None, loss_scale: float | Tensor) -> Blocks:
+        """The blocks of a microbatch, one when no size is given."""
+        if size is None:
+            size = sequences
+        checks.require_at_least("block_size", size, 1)
+        if size < sequences and self.ranks is not None:
+            raise ValueError(f"block_size: expected None with a process group, whose processes share one K, got {size}")
+        places = [slice(start, min(start + size, sequences)) for start in range(0, sequences, size)]
+        masks = [mask if mask is None else mask[place] for place in places]
+        return Blocks(places, [self._resources(of_block, loss_scale) for of_block in masks])
 
     def _resources(self, mask: Tensor | None = None, loss_scale: float | Tensor = 1.0) -> Resources:
         """What the layers of one microbatch share."""

@@ -64,10 +64,12 @@ class LayerGradients:
     Args:
         parameters: by name.
         resources: shared with the other layers of the microbatch.
+        sharing: how many sequences share a Gram matrix, which decides how it is made; all of them when None.
     """
 
     parameters: dict[str, MatrixGradients | VectorGradients]
     resources: Resources
+    sharing: int | None = None
 
     def __post_init__(self) -> None:
         self.resources.workspace.start_layer()
@@ -83,10 +85,14 @@ class LayerGradients:
         resources = self.resources
         if resources.path != "fast":
             return resources.path
-        matrices = [part for part in self._parts if isinstance(part, MatrixGradients)]
-        exact = sum(exact_cost(matrix.sizes, resources.most_bytes) for matrix in matrices)
-        sketched = sum(sketched_cost(matrix.sizes, resources.sketch_size) for matrix in matrices)
+        sizes = [part.sizes(self.sharing) for part in self._parts if isinstance(part, MatrixGradients)]
+        exact = sum(exact_cost(of_matrix, resources.most_bytes) for of_matrix in sizes)
+        sketched = sum(sketched_cost(of_matrix, resources.sketch_size) for of_matrix in sizes)
         return "signs" if 2 * sketched < exact else "auto"
+
+    def path_of(self, matrix: MatrixGradients) -> str:
+        """How the exact K of one weight is made."""
+        return matrix.path(self.path, self.resources.most_bytes, self.sharing)
 
     @property
     def is_sketched(self) -> bool:
@@ -134,7 +140,7 @@ class LayerGradients:
         vectors = [part for part in self.parameters.values() if isinstance(part, VectorGradients)]
         parts = []
         for matrix in matrices:
-            path = matrix.path(self.path, resources.most_bytes)
+            path = self.path_of(matrix)
             biases = [vector for vector in vectors if path == "ghost" and matrix.has_bias(vector)][:1]
             vectors = [vector for vector in vectors if vector not in biases]
             parts.append(matrix.gram(path, resources.workspace, bias=bool(biases)))

@@ -75,19 +75,27 @@ class MatrixGradients:
         assert self.formed is not None
         return self.formed
 
-    @property
-    def sizes(self) -> Sizes:
-        """What the costs of the paths to K depend on."""
-        return Sizes(self.num_sequences, self.num_terms, self.rows, self.columns, self.rights[0].element_size())
+    def sizes(self, sharing: int | None = None) -> Sizes:
+        """What the costs of the paths to K depend on; `sharing` sequences share one, or all."""
+        sequences = self.num_sequences if sharing is None else sharing
+        return Sizes(sequences, self.num_terms, self.rows, self.columns, self.rights[0].element_size())
 
-    def path(self, wanted: str, most_bytes: int | None = None) -> str:
+    def path(self, wanted: str, most_bytes: int | None = None, sharing: int | None = None) -> str:
         """The path to K: the wanted one, or the cheaper one when that is `"auto"`.
 
         Args:
             wanted: one of `PATHS`.
             most_bytes: what the G_s may take under `"auto"`; None for as much as they need.
+            sharing: how many sequences share a K; all when None.
         """
-        return exact_path(self.sizes, most_bytes) if wanted == "auto" else wanted
+        if most_bytes is not None and sharing is not None:
+            most_bytes = most_bytes * sharing // self.num_sequences  # the G_s of all blocks are formed together
+        return exact_path(self.sizes(sharing), most_bytes) if wanted == "auto" else wanted
+
+    def of(self, place: slice) -> "MatrixGradients":
+        """Those of some of the sequences."""
+        lefts, rights = ([factor[place] for factor in factors] for factors in (self.lefts, self.rights))
+        return MatrixGradients(self.rows, self.columns, lefts, rights)
 
     def gram(self, path: str, workspace: Workspace, bias: bool = False) -> Tensor:
         """K, `(S, S)`. With `bias` (ghost path) that of weight and bias together."""
@@ -197,6 +205,11 @@ class VectorGradients:
     def size(self) -> int:
         """Entries of one G_s."""
         return self.output_gradients[0].shape[2]
+
+    def of(self, place: slice) -> "VectorGradients":
+        """Those of some of the sequences."""
+        factors = [None if factor is None else factor[place] for factor in self.factors]
+        return VectorGradients([gradients[place] for gradients in self.output_gradients], factors)
 
     def form(self) -> Tensor:
         """All G_s, `(S, d)`."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from isopo_mini import checks
 from isopo_mini.engine.layer_gradients import LayerGeometry
 from isopo_mini.geometry import isopo
+from isopo_mini.geometry.ntk_solvers import solve_ntk_of_blocks
 from isopo_mini.precision import at_least_float32
 
 
@@ -33,8 +34,8 @@ class MovingAverages:
         self._pending: dict[str, list[Tensor]] = {}
         self._noted: dict[str, list[Tensor]] = {}
 
-    def blend(self, name: str, value: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        """decay·history + (1 − decay)·value."""
+    def blend(self, name: str, value: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
+        """decay·history + (1 − decay)·value, for one value a block where there are several."""
         self._pending.setdefault(name, []).append(value)
         return self._update(name, value)
 
@@ -50,7 +51,9 @@ class MovingAverages:
         """Fold the values seen since the last call into the history."""
         self._noted.clear()
         for name, values in self._pending.items():
-            folded = self._update(name, values[0] if len(values) == 1 else _mean_of_finite(torch.stack(values)))
+            is_one = len(values) == 1 and values[0].ndim == 0
+            mean = values[0] if is_one else _mean_of_finite(torch.cat([value.reshape(-1) for value in values]))
+            folded = self._update(name, mean)
             unchanged = self.history[name].to(folded) if name in self.history else torch.nan
             self.history[name] = torch.where(folded.isfinite(), folded, unchanged)
         self._pending.clear()
@@ -71,6 +74,19 @@ def _mean_of_finite(values: Float[Tensor, "N"]) -> Float[Tensor, ""]:
     """The mean without the numbers that are not finite; NaN if there are no others."""
     finite = values.isfinite()
     return torch.where(finite, values, 0.0).sum() / finite.sum()
+
+
+@runtime_checkable
+class GeometryOfBlocks(Protocol):
+    """What the NTK may ask of a layer whose sequences are cut into blocks; see `blocks`."""
+
+    def grams(self) -> Float[Tensor, "B b b"]:
+        """K of every block."""
+        ...
+
+    def rounding(self) -> Float[Tensor, "B b"] | None:
+        """Up to which ‖G_s‖ the gradient is zero but for rounding; None where it is no sum that could cancel."""
+        ...
 
 
 @runtime_checkable
@@ -131,6 +147,23 @@ class NTK:
             return coefficients
         norms = _norms_of(gram) if columns is None else torch.linalg.vector_norm(columns, dim=1)
         return isopo.over_scale(_unless_all_rounding(coefficients, layer, norms, columns is None), damping)
+
+    def coefficients_of_blocks(
+        self, layer: "GeometryOfBlocks", advantages: Float[Tensor, "S"], averages: MovingAverages
+    ) -> Float[Tensor, "S"]:
+        """`coefficients` of blocks of sequences of the same size, each with a K of its own, all at once."""
+        gram = layer.grams()
+        of_blocks = advantages.unflatten(0, (len(gram), -1))
+        eigenvalues = gram.diagonal(dim1=1, dim2=2).mean(dim=1)
+        damping = self.damping * averages.blend("eigenvalue", eigenvalues)
+        coefficients = solve_ntk_of_blocks(self.damping, gram, of_blocks, damping)
+        if self.scale == "natural":
+            rounding = layer.rounding()
+            if rounding is not None:
+                norms = gram.diagonal(dim1=1, dim2=2).clamp_min(0.0).sqrt()
+                coefficients = torch.where((norms <= rounding).all(dim=1, keepdim=True), 0.0, coefficients)
+            coefficients = isopo.over_scale(coefficients, damping[:, None])
+        return coefficients.flatten()
 
     def _note_spectrum(self, gram: Float[Tensor, "S S"], damping: Float[Tensor, ""], averages: MovingAverages) -> None:
         """Both numbers of K; none of a step that is not finite, which a `GradScaler` skips."""

@@ -75,6 +75,15 @@ def inner_products(gradients: Float[Tensor, "S ..."]) -> Float[Tensor, "S S"]:
     return total.to(flat.dtype)
 
 
+def block_products(gradients: Float[Tensor, "S ..."], count: int) -> Float[Tensor, "B b b"]:
+    """`inner_products` of every one of `count` blocks of S/count sequences."""
+    flat = gradients.flatten(1)
+    if flat.shape[1] >= 2 * SUMMED_AT_ONCE and flat.dtype != torch.float64:
+        return torch.stack([inner_products(block) for block in flat.chunk(count)])
+    blocks = (flat.float() if flat.dtype in HALF_PRECISION else flat).unflatten(0, (count, -1))
+    return torch.bmm(blocks, blocks.mT)
+
+
 def _product_by_strips(rows: Float[Tensor, "S n"]) -> Float[Tensor, "S S"]:
     """The rows' inner products: the lower triangle in four strips, mirrored; five eighths of the multiplications."""
     product = rows.new_zeros(len(rows), len(rows))

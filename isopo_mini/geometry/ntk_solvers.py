@@ -68,6 +68,19 @@ def solve_ntk_in_single(
     return in_precision_of(advantages, torch.cholesky_solve(advantages.to(dtype)[:, None], factor)[:, 0])
 
 
+def solve_ntk_of_blocks(
+    ratio: float, gram: Float[Tensor, "B b b"], advantages: Float[Tensor, "B b"], damping: Float[Tensor, "B"]
+) -> Float[Tensor, "B b"]:
+    """c of every block, each with a K and a λ = ratio · tr K/b of its own."""
+    if not is_above_rounding(ratio, gram[0]):
+        solved = [solve_ntk_by_eigenvalues(*block) for block in zip(gram, advantages, damping, strict=True)]
+        return torch.stack(solved)
+    smallest = torch.finfo(torch.float64).tiny
+    identity = torch.eye(gram.shape[1], dtype=torch.float64, device=gram.device)
+    system = torch.addcdiv(identity, gram.double(), damping.double().clamp_min(smallest)[:, None, None])
+    return in_precision_of(advantages, torch.linalg.solve_ex(system, advantages.double())[0])
+
+
 def solve_ntk_by_eigenvalues(
     gram: Float[Tensor, "S S"], advantages: Float[Tensor, "S"], damping: Float[Tensor, ""]
 ) -> Float[Tensor, "S"]:
@@ -103,8 +116,8 @@ def solve_ntk_by_columns(
     return in_precision_of(advantages, target - scaled @ weights)
 
 
-def over_scale(coefficients: Float[Tensor, "S"], scale: Float[Tensor, ""]) -> Float[Tensor, "S"]:
-    """c divided by one number of the layer; 0 where that is 0: the layer has no gradient then."""
+def over_scale(coefficients: Float[Tensor, "*S"], scale: Float[Tensor, "..."]) -> Float[Tensor, "*S"]:
+    """c divided by one number of the layer, or of each block; 0 where that is 0: the layer has no gradient then."""
     quotients = coefficients.double() / scale.double()
     return torch.where(scale == 0, 0.0, quotients).to(coefficients.dtype)
 

@@ -143,6 +143,8 @@ class LayerwiseIsopo:
         advantages: computes A from the batch, `(S,)`; for the units "step" and "token" it may be `(S, T)`.
         microbatch_size: units in a microbatch. Each is transformed on its own, then all are summed; the whole batch
             when None.
+        block_size: units that share a Gram matrix inside of a microbatch; all of them when None. It makes the step of
+            microbatches of this size in one pass, faster and in more memory.
         gram: how Gram matrices are made, see `engine.Isopo`. The default estimates them where that is much faster;
             `"auto"` is exact everywhere, and is what a specification of `rule_specs` means unless it says otherwise.
         sketch_size: k of the estimates.
@@ -157,6 +159,7 @@ class LayerwiseIsopo:
     transform: Transform
     advantages: Advantages = batch_advantages
     microbatch_size: int | None = None
+    block_size: int | None = None
     gram: str = "fast"
     sketch_size: int = 32
     layers: str = "separate"
@@ -179,7 +182,8 @@ class LayerwiseIsopo:
         clear_gradients(policy, optimizer)
         start = 0
         for part in units.microbatches(self.microbatch_size):
-            with engine.microbatch(weights[start : start + len(part)], part.mask):
+            shares = weights[start : start + len(part)]
+            with engine.microbatch(shares, part.mask, block_size=self.block_size):
                 (-log_prob(policy, part).sum()).backward()
             start += len(part)
         metrics = finish(policy, optimizer)
