@@ -43,6 +43,7 @@ INTERNAL = {
     "isopo_mini.coursework.worker",
     "isopo_mini.engine.across_ranks",
     "isopo_mini.engine.attention_handler",
+    "isopo_mini.engine.blocks",
     "isopo_mini.engine.convolution_handlers",
     "isopo_mini.engine.copies",
     "isopo_mini.engine.fallback",

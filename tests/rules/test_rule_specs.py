@@ -28,6 +28,7 @@ SPECS = [
     "ntk:scale=natural",
     "fisher:scale=natural,norm=token",
     "layer_scaled:microbatch_size=16",
+    "ntk:block_size=16,gram=fast",
     "ntk:scale=natural,step=kl",
     "ppo:step=kl",
 ]
@@ -77,7 +78,7 @@ class TestParse:
             ("trpo:max_kl=0.1", "got 'max_kl=0.1'"),  # that is its step size
             ("trpo:step=kl", "got 'step=kl'"),  # which is a KL anyway
             ("reinforce:scale=natural", "got 'scale=natural'"),
-            ("layer_scaled:damping=1", "of advantages, entropy, gram, layers, .*got 'damping=1'"),
+            ("layer_scaled:damping=1", "of advantages, block_size, entropy, gram, layers, .*got 'damping=1'"),
             ("ppo:loss=grpo", "got 'loss=grpo'"),
         ],
     )
