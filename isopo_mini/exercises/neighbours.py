@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+import scipy  # its parts load themselves when they are used: they take half a second
 import torch
 from numpy.typing import ArrayLike
-from scipy.optimize import minimize_scalar, root_scalar
 from torch import Tensor
 
 from isopo_mini.exercises.exercise import Exercise, normal
@@ -137,7 +137,7 @@ def _roots(theta: Tensor, u: Tensor, lam: float) -> Tensor:
     """Root of λu + ∇ψ(x) − ∇ψ(θ), one coordinate at a time."""
     found = []
     for y in (torch.sinh(theta) - lam * u).tolist():
-        found.append(root_scalar(lambda x, y=y: np.sinh(x) - y, bracket=(-50, 50)).root)
+        found.append(scipy.optimize.root_scalar(lambda x, y=y: np.sinh(x) - y, bracket=(-50, 50)).root)
     return torch.tensor(found, dtype=torch.float64)
 
 
@@ -171,7 +171,7 @@ def _least_variance(p: Array, R: Array, scores: Array) -> float:
         rows = (R - b)[:, None] * scores
         return p @ (rows**2).sum(1) - ((p @ rows) ** 2).sum()
 
-    return float(minimize_scalar(variance, tol=1e-10).x)
+    return float(scipy.optimize.minimize_scalar(variance, tol=1e-10).x)
 
 
 def _laws() -> list[tuple[Array, Array, Array]]:

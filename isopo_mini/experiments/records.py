@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.integrate import trapezoid
+import scipy  # its parts load themselves when they are used: they take half a second
 
 from isopo_mini.experiments.record_files import FINALISTS, by_rule_and_optimizer, read_configuration, read_records
 from isopo_mini.experiments.record_files import FOLDER as FOLDER
@@ -54,7 +54,7 @@ def scores(curve: Mapping[str, list], target: float | None = None) -> dict[str, 
     return {
         "score": returns[-last:].mean().item(),
         "final": returns[-1].item(),
-        "area": float(trapezoid(returns, steps) / (steps[-1] - steps[0])),
+        "area": float(scipy.integrate.trapezoid(returns, steps) / (steps[-1] - steps[0])),
         "to_target": {name: curve[name][reached[0]] for name in COSTS if name in curve} if len(reached) else None,
     }
 

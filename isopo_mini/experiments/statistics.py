@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 import numpy as np
+import scipy  # its parts load themselves when they are used: they take half a second
 from numpy.typing import ArrayLike
-from scipy.stats import bootstrap, mannwhitneyu, t, trim_mean
 
 
 class Interval(NamedTuple):
@@ -37,7 +37,7 @@ def t_interval(values: ArrayLike, axis: int = 0, *, confidence: float = 0.95) ->
     array = _runs_last(values, axis, confidence)
     count = array.shape[-1]
     middle = array.mean(axis=-1)
-    half = t.ppf((1 + confidence) / 2, count - 1) * array.std(axis=-1, ddof=1) / np.sqrt(count)
+    half = scipy.stats.t.ppf((1 + confidence) / 2, count - 1) * array.std(axis=-1, ddof=1) / np.sqrt(count)
     return Interval(middle - half, middle, middle + half)
 
 
@@ -64,7 +64,7 @@ def probability_of_improvement(one: ArrayLike, other: ArrayLike) -> float:
     Source: Agarwal et al., *Deep reinforcement learning at the edge of the statistical precipice*, arXiv 2108.13264.
     """
     one, other = _runs_last(one, 0, least=1), _runs_last(other, 0, least=1)
-    return float(mannwhitneyu(one, other, method="asymptotic").statistic / (one.size * other.size))
+    return float(scipy.stats.mannwhitneyu(one, other, method="asymptotic").statistic / (one.size * other.size))
 
 
 def interquartile_mean(values: ArrayLike) -> float:
@@ -77,7 +77,7 @@ def interquartile_mean(values: ArrayLike) -> float:
 
     Source: as `probability_of_improvement`.
     """
-    return float(trim_mean(_runs_last(values, 0, least=1), 0.25))
+    return float(scipy.stats.trim_mean(_runs_last(values, 0, least=1), 0.25))
 
 
 def performance_profile(values: ArrayLike, thresholds: ArrayLike) -> np.ndarray:
@@ -116,7 +116,7 @@ def bootstrap_interval(
     """
     array = _runs_last(values, axis, confidence)
     middle = array.mean(axis=-1)
-    resampled = bootstrap(
+    resampled = scipy.stats.bootstrap(
         (array,),
         np.mean,
         axis=-1,

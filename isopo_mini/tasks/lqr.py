@@ -11,7 +11,7 @@ The letters are those of control. A is a matrix here, not an advantage, and Q an
 """
 
 import numpy as np
-import scipy.linalg
+import scipy  # its parts load themselves when they are used: they take half a second
 import torch
 from jaxtyping import Float
 from torch import Tensor

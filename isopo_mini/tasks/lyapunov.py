@@ -10,7 +10,7 @@ Units are no reason: a state in metres and one in nanometres are brought to one 
 import warnings
 
 import numpy as np
-import scipy.linalg
+import scipy  # its parts load themselves when they are used: they take half a second
 import torch
 from jaxtyping import Float
 from torch import Tensor

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.optimize
-import scipy.sparse
+import scipy  # its parts load themselves when they are used: they take half a second
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -89,7 +88,7 @@ def _optimum(mdp: MDP, rewards: Tensor, constraints: Sequence[Constraint]) -> So
     return Solution(mdp.expected_return(probs, rewards), mdp.occupancy(probs), probs, multipliers)
 
 
-def _linprog(mdp: MDP, rewards: Tensor, constraints: Sequence[Constraint]) -> scipy.optimize.OptimizeResult:
+def _linprog(mdp: MDP, rewards: Tensor, constraints: Sequence[Constraint]) -> "scipy.optimize.OptimizeResult":
     """max Σ r d over d = (1−γ)x ≥ 0 with the flow equations and Σ g d ≥ (1−γ)b, in the units of r and b.
 
     Σ d = 1, so a constant may be taken from r and g. What is left is scaled to 1, for the solver's tolerances are not.
