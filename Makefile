@@ -34,20 +34,20 @@ $(VENV)/.axe: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(AXE)
 	@touch $@
 
+# A process a core, but eight at most: each takes half a gigabyte of memory. Who has finished takes over from the others.
+ON_ALL_CORES := -n logical --maxprocesses 8 --dist worksteal
+
 pages: $(VENV)/.axe  ## Check the built book: links, and in Chromium keyboard, contrast and the pictures one can move
 	@test -f _build/html/index.html || { echo "There is no book yet: type make book first"; exit 1; }
 	@command -v chromedriver > /dev/null || { echo "No browser to drive: apt-get install chromium chromium-driver"; exit 1; }
-	@echo "Checking the built pages, with the network cut (up to ten minutes)"
+	@echo "Checking the built pages, with the network cut (some minutes)"
 	$(BIN)/python scripts/links_inside.py _build/html
-	PAGES=_build/html $(BIN)/python -m pytest tests/pages
+	PAGES=_build/html $(BIN)/python -m pytest tests/pages $(ON_ALL_CORES)
 
 pdf: $(INSTALLED)  ## Print the built book with Chromium: one file, solutions at the end
 	@test -f _build/html/index.html || { echo "There is no book yet: type make book first"; exit 1; }
 	@echo "Printing the built book to _build/isopo.pdf (a few minutes)"
 	$(BIN)/python scripts/make_pdf.py
-
-# A process a core, but eight at most: each takes half a gigabyte of memory. Who has finished takes over from the others.
-ON_ALL_CORES := -n logical --maxprocesses 8 --dist worksteal
 
 test: $(INSTALLED)  ## Run all tests
 	@echo "Running the tests, in a process a core (about ten minutes on two)"
