@@ -146,5 +146,11 @@ def test_sketches_travel_and_nothing_else_does(tmp_path: Path) -> None:
         isopo = Isopo(policy, FisherNormalized("token"), gram="sketched", process_group=group)
         with pytest.raises(ValueError, match="norm: expected 'sequence' where Gram matrices are shared"):
             two_steps(policy, isopo, *make_data(POSITIONS, VOCABULARY))
+        advantages = torch.ones(4, dtype=torch.float64)
+        with (
+            pytest.raises(ValueError, match="block_size: expected None with a process group, .* got 2"),
+            isopo.microbatch(advantages, block_size=2),
+        ):
+            pass
     finally:
         dist.destroy_process_group()

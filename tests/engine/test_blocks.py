@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from isopo_mini.engine import NTK, FisherNormalized, Isopo, LayerScaled
 from isopo_mini.engine.layer_gradients import LayerGeometry
@@ -146,6 +147,30 @@ def test_a_sequence_whose_gradient_is_rounding_alone() -> None:
         found.append(nn.utils.parameters_to_vector([p.grad for p in model.parameters()]))
     assert found[1].isfinite().all()
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
+
+
+def test_of_recomputed_activations_and_packed_rows() -> None:
+    """What the engine does for whole microbatches it does for blocks."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    rows, owner = torch.randn(1, 30, 3, dtype=torch.float64), torch.arange(6).repeat_interleave(5)[None]
+    advantages = torch.randn(6, dtype=torch.float64)
+
+    def gradient(engine: Isopo, packed: bool, looped: bool) -> Tensor:
+        model.zero_grad()
+        for part in torch.arange(6).split(2) if looped else [torch.arange(6)]:
+            inputs = rows[:, torch.isin(owner[0], part)] if packed else rows.view(6, 5, 3)[part]
+            segments = {"segments": owner[:, : inputs.shape[1]]} if packed else {}
+            with engine.microbatch(advantages[part], block_size=None if looped else 2, **segments):
+                outputs = inputs
+                for layer in model:
+                    outputs = checkpoint(layer, outputs, use_reentrant=False)
+                outputs.log_softmax(-1)[..., 0].sum().backward()
+        return nn.utils.parameters_to_vector([parameter.grad for parameter in model.parameters()])
+
+    expected = gradient(Isopo(model, NTK(0.3)), packed=False, looped=True)
+    for packed, looped in ((False, False), (True, True), (True, False)):
+        torch.testing.assert_close(gradient(Isopo(model, NTK(0.3)), packed, looped), expected, rtol=1e-9, atol=1e-11)
 
 
 def test_coefficients_are_told_for_all_sequences() -> None:

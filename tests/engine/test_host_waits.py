@@ -33,7 +33,9 @@ class Asked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def asked_by(transform: Transform, gram: str, sequences: int = 6, layers: str = "separate") -> list[str]:
+def asked_by(
+    transform: Transform, gram: str, sequences: int = 6, layers: str = "separate", block_size: int | None = None
+) -> list[str]:
     """What one step asks for, after a first one has made what is made once."""
     torch.manual_seed(0)
     policy = CausalTransformer(11, 5, width=16, layers=1, heads=2)
@@ -41,7 +43,7 @@ def asked_by(transform: Transform, gram: str, sequences: int = 6, layers: str = 
     engine = Isopo(policy, transform, gram=gram, sketch_size=4, layers=layers)
 
     def step() -> None:
-        with engine.microbatch(advantages):
+        with engine.microbatch(advantages, block_size=block_size):
             policy.logits(tokens).log_softmax(-1)[..., 0].sum().backward()
         engine.end_step()
 
@@ -70,6 +72,13 @@ def test_a_step_asks_only_whether_the_advantages_are_finite(transform: Transform
 @pytest.mark.parametrize("layers", ["separate", "together"])
 def test_nor_do_many_sequences_or_one_layer(layers: str) -> None:
     assert asked_by(NTK(1.0, scale="natural"), "fast", sequences=300, layers=layers) == ["_local_scalar_dense"]
+
+
+@pytest.mark.parametrize("block_size", [2, 4])  # blocks of one size, and a shorter one at the end
+@pytest.mark.parametrize("gram", ["auto", "signs"])
+def test_nor_do_blocks(gram: str, block_size: int) -> None:
+    asked = asked_by(NTK(1.0, scale="natural"), gram, block_size=block_size)
+    assert asked == ["_local_scalar_dense"]
 
 
 def test_the_token_norm_asks_where_its_tokens_are() -> None:
