@@ -148,7 +148,7 @@ def test_sketches_travel_and_nothing_else_does(tmp_path: Path) -> None:
             two_steps(policy, isopo, *make_data(POSITIONS, VOCABULARY))
         advantages = torch.ones(4, dtype=torch.float64)
         with (
-            pytest.raises(ValueError, match="block_size: expected None with a process group, .* got 2"),
+            pytest.raises(ValueError, match=r"block_size: expected None with a process group, .* got 2"),
             isopo.microbatch(advantages, block_size=2),
         ):
             pass
