@@ -190,3 +190,13 @@ def test_long_sums_in_single_precision(size: int, tolerance: float) -> None:
     assert (found - exact).norm() < tolerance * exact.norm()
     assert (gram.inner_products(gradients.bfloat16()) - exact).norm() < 1e-2 * exact.norm()
     torch.testing.assert_close(gram.inner_products(gradients.double()), exact, rtol=1e-14, atol=0.0)
+
+
+@pytest.mark.parametrize("size", [7, 2 * gram.SUMMED_AT_ONCE + 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_blocks_are_those_on_the_diagonal(dtype: torch.dtype, size: int) -> None:
+    gradients = torch.randn(6, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    blocks, whole = gram.block_products(gradients, 3), gram.inner_products(gradients)
+    assert blocks.dtype == whole.dtype
+    for block, place in zip(blocks, torch.arange(6).split(2), strict=True):
+        torch.testing.assert_close(block, whole[place][:, place], rtol=1e-5, atol=1e-5 * size**0.5)
