@@ -126,7 +126,8 @@ def _require_causal(model: nn.Module) -> None:
     training = model.training
     first, second = model.eval()(input_ids=tokens).logits[:, :-1]
     model.train(training)
-    if (first - second).abs().max() > 100 * torch.finfo(first.dtype).eps * first.abs().max():
+    # Two rows of a batch may be added up in another order, by several threads: 225 ε for SmolLM2 on one processor.
+    if (first - second).abs().max() > torch.finfo(first.dtype).eps ** 0.5 * first.abs().max():
         raise ValueError(
             f"model: expected logits that depend on earlier tokens only, got those of {type(model).__name__}, which "
             "change with a later one"

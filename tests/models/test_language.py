@@ -149,6 +149,25 @@ class TestPolicy:
             with pytest.raises(ValueError, match="expected a language model with an output layer, got"):
                 PretrainedPolicy(model)
 
+    @pytest.mark.parametrize(("share", "leaks"), [(300 * torch.finfo(torch.float32).eps, False), (0.01, True)])
+    def test_rounding_is_no_leak_and_a_hundredth_is(self, share: float, leaks: bool) -> None:
+        """Several threads add up the rows of a batch in different orders: 225 ε for SmolLM2 on one processor."""
+        sizes = {"vocab_size": 41, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, num_attention_heads=2))
+        forward = model.forward
+
+        def another(**given: Any) -> Any:
+            output = forward(**given)
+            output.logits[1] += share * output.logits.abs().max()
+            return output
+
+        model.forward = another
+        if leaks:
+            with pytest.raises(ValueError, match="logits that depend on earlier tokens only, got those of Llama"):
+                PretrainedPolicy(model)
+        else:
+            PretrainedPolicy(model)
+
     def test_no_observations(self, policy: PretrainedPolicy) -> None:
         with pytest.raises(ValueError, match="observations: expected"):
             policy.logits(torch.ones(2, 0, dtype=torch.int64))
