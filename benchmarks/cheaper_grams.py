@@ -119,7 +119,7 @@ def direct(rows: Tensor, advantages: Tensor, ratio: float) -> tuple[Tensor, Tens
 
 
 def conjugate_gradients(rows: Tensor, advantages: Tensor, ratio: float, iterations: int = 16) -> tuple[Tensor, Tensor]:
-    """The same from a fixed number of products with G, without K."""
+    """The same from a fixed number of products with G, without K: `solve_cg` looks at every residual, which waits."""
     damping = ratio * rows.square().sum() / len(rows)
     c, residual = torch.zeros_like(advantages), advantages.clone()
     direction, square = residual.clone(), residual @ residual

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from isopo_mini.geometry import fisher, gram, isopo, natural_gradient, sketches
-from isopo_mini.geometry.ntk_solvers import in_precision_of, solve_ntk_in_single, solve_ntk_of_blocks
+from isopo_mini.geometry.ntk_solvers import in_precision_of, solve_ntk_in_single
 from isopo_mini.objectives import advantages, aggregation, kl, losses, values
 from isopo_mini.policies import TabularSoftmax, softmax_fisher
 from isopo_mini.tasks import Bandit, ContextualBandit, Episodes
@@ -206,11 +206,6 @@ def sketch_of(draw: Draw, kind: str = "gaussian") -> gram.Sketch:
     return gram.draw_sketch(2, 3, 4, torch.zeros(1, dtype=torch.float64), generator, kind)
 
 
-def solve_one_block(gram: Tensor, advantages: Tensor, damping: Tensor) -> Tensor:
-    """`solve_ntk_of_blocks` of one block, above rounding."""
-    return solve_ntk_of_blocks(1.0, gram[None], advantages[None], damping[None])[0]
-
-
 def ntk(solver: Callable[..., Tensor], draw: Draw) -> Tensor:
     matrix = draw.gram()
     return solver(matrix, draw.whole(len(matrix)).to(matrix.dtype), 0.1 * isopo.mean_eigenvalue(matrix.double()))
@@ -321,7 +316,6 @@ ENTRIES: dict[str, list[Entry]] = {
         Entry(lambda d: [float(isopo.single_precision_suffices(ratio, d.gram())) for ratio in (1e-30, 1e3)])
     ],
     "geometry.ntk_solvers.solve_ntk": [Entry(lambda d: ntk(isopo.solve_ntk, d))],
-    "geometry.ntk_solvers.solve_ntk_of_blocks": [Entry(lambda d: ntk(solve_one_block, d))],
     "geometry.ntk_solvers.solve_ntk_in_single": [Entry(lambda d: ntk(solve_ntk_in_single, d))],
     "geometry.ntk_solvers.solver_for": [Entry(lambda d: ntk(isopo.solver_for(0.1, d.gram()), d))],
     "geometry.ntk_solvers.solve_ntk_by_eigenvalues": [Entry(lambda d: ntk(isopo.solve_ntk_by_eigenvalues, d))],

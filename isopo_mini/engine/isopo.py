@@ -131,9 +131,9 @@ class Isopo:
             loss_scale: s > 0, where s times that sum is differentiated. `.grad` is then s times the step. The engine
                 cannot see s; untold, it would make of a Fisher-normalised step, divided by s again, s⁻² times that
                 step. Do not count a `torch.amp.GradScaler`: its method `scale` is noticed inside the block.
-
             block_size: how many sequences share a Gram matrix, one after another: the step of as many microbatches of
-                this size as there are, in one pass. All of them when None. Sketches are shared by all blocks.
+                this size as there are, in one pass. All of them when None. Under the NTK, blocks of one size share
+                their sketches.
 
         Raises:
             ValueError: advantages are not a finite floating `(S,)`; a layer's input does not have S first, or has rows

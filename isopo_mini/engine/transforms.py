@@ -10,7 +10,6 @@ from torch import Tensor
 from isopo_mini import checks
 from isopo_mini.engine.layer_gradients import LayerGeometry
 from isopo_mini.geometry import isopo
-from isopo_mini.geometry.ntk_solvers import solve_ntk_of_blocks
 from isopo_mini.precision import at_least_float32
 
 
@@ -156,7 +155,7 @@ class NTK:
         of_blocks = advantages.unflatten(0, (len(gram), -1))
         eigenvalues = gram.diagonal(dim1=1, dim2=2).mean(dim=1)
         damping = self.damping * averages.blend("eigenvalue", eigenvalues)
-        coefficients = solve_ntk_of_blocks(self.damping, gram, of_blocks, damping)
+        coefficients = isopo.solver_for(self.damping, gram[0])(gram, of_blocks, damping)
         if self.scale == "natural":
             rounding = layer.rounding()
             if rounding is not None:

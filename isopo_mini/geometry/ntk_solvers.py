@@ -1,4 +1,7 @@
-"""c = λ(K + λI)⁻¹A, solved four ways, without the checks of `isopo.ntk_coefficients`, which would make a GPU wait."""
+"""c = λ(K + λI)⁻¹A, solved four ways, without the checks of `isopo.ntk_coefficients`, which would make a GPU wait.
+
+The three that take K take several at once, each with its own λ: the blocks of a block-diagonal K.
+"""
 
 from collections.abc import Callable
 
@@ -38,8 +41,8 @@ def is_above_rounding(ratio: float, gram: Float[Tensor, "S _"]) -> bool:
 
 
 def solve_ntk(
-    gram: Float[Tensor, "S S"], advantages: Float[Tensor, "S"], damping: Float[Tensor, ""]
-) -> Float[Tensor, "S"]:
+    gram: Float[Tensor, "*B S S"], advantages: Float[Tensor, "*B S"], damping: Float[Tensor, "*B"]
+) -> Float[Tensor, "*B S"]:
     """`ntk_coefficients` without the checks, which would make a GPU wait; λ = 0 stands for a layer without gradient.
 
     For a λ that `is_above_rounding`. Solved as (K/λ + I) c = A: the smallest eigenvalue is then 1 whatever the scale of
@@ -48,55 +51,43 @@ def solve_ntk(
     multiplications, but one call is faster than three.
     """
     smallest = torch.finfo(torch.float64).tiny
-    identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-    system = torch.addcdiv(identity, gram.double(), damping.double().clamp_min(smallest))
+    identity = torch.eye(gram.shape[-1], dtype=torch.float64, device=gram.device)
+    system = torch.addcdiv(identity, gram.double(), damping.double().clamp_min(smallest)[..., None, None])
     return in_precision_of(advantages, torch.linalg.solve_ex(system, advantages.double())[0])
 
 
 def solve_ntk_in_single(
-    gram: Float[Tensor, "S S"], advantages: Float[Tensor, "S"], damping: Float[Tensor, ""]
-) -> Float[Tensor, "S"]:
+    gram: Float[Tensor, "*B S S"], advantages: Float[Tensor, "*B S"], damping: Float[Tensor, "*B"]
+) -> Float[Tensor, "*B S"]:
     """`solve_ntk` by a Cholesky factor in single precision, for many sequences and a K that is no more precise itself.
 
     Where `single_precision_suffices`: c is off by no more than the rounding of K makes it anyway. It takes half of the
     time at S = 256.
     """
     dtype = torch.promote_types(gram.dtype, torch.float32)
-    system = gram.to(dtype) / damping.to(dtype).clamp_min(torch.finfo(dtype).tiny)
-    system.diagonal().add_(1.0)
+    system = gram.to(dtype) / damping.to(dtype).clamp_min(torch.finfo(dtype).tiny)[..., None, None]
+    system.diagonal(dim1=-2, dim2=-1).add_(1.0)
     factor = torch.linalg.cholesky_ex(system)[0]
-    return in_precision_of(advantages, torch.cholesky_solve(advantages.to(dtype)[:, None], factor)[:, 0])
-
-
-def solve_ntk_of_blocks(
-    ratio: float, gram: Float[Tensor, "B b b"], advantages: Float[Tensor, "B b"], damping: Float[Tensor, "B"]
-) -> Float[Tensor, "B b"]:
-    """c of every block, each with a K and a λ = ratio · tr K/b of its own."""
-    if not is_above_rounding(ratio, gram[0]):
-        solved = [solve_ntk_by_eigenvalues(*block) for block in zip(gram, advantages, damping, strict=True)]
-        return torch.stack(solved)
-    smallest = torch.finfo(torch.float64).tiny
-    identity = torch.eye(gram.shape[1], dtype=torch.float64, device=gram.device)
-    system = torch.addcdiv(identity, gram.double(), damping.double().clamp_min(smallest)[:, None, None])
-    return in_precision_of(advantages, torch.linalg.solve_ex(system, advantages.double())[0])
+    return in_precision_of(advantages, torch.cholesky_solve(advantages.to(dtype)[..., None], factor)[..., 0])
 
 
 def solve_ntk_by_eigenvalues(
-    gram: Float[Tensor, "S S"], advantages: Float[Tensor, "S"], damping: Float[Tensor, ""]
-) -> Float[Tensor, "S"]:
+    gram: Float[Tensor, "*B S S"], advantages: Float[Tensor, "*B S"], damping: Float[Tensor, "*B"]
+) -> Float[Tensor, "*B S"]:
     """`solve_ntk` for a λ that is not above rounding, where K + λI may be singular or indefinite.
 
     c = Σ_i λ/(μ_i + λ) v_i v_iᵀA with the eigenvalues μ_i ≥ 0 of K: those below 0, or a rounding error above, are 0.
     So no part of A grows, and what lies in the null space of K stays as it is. Some ten times slower, and a GPU waits.
     """
     precise = gram.double()
-    unit = precise.abs().amax().clamp_min(torch.finfo(torch.float64).tiny)
-    eigenvalues, vectors = torch.linalg.eigh(precise / unit)
-    rounding = len(gram) * torch.finfo(torch.float64).eps * eigenvalues[-1]
+    unit = precise.abs().amax(dim=(-2, -1)).clamp_min(torch.finfo(torch.float64).tiny)
+    eigenvalues, vectors = torch.linalg.eigh(precise / unit[..., None, None])
+    rounding = gram.shape[-1] * torch.finfo(torch.float64).eps * eigenvalues[..., -1:]
     eigenvalues = torch.where(eigenvalues > rounding, eigenvalues, 0.0)
     damping = (damping.double() / unit).clamp_min(torch.finfo(torch.float64).tiny)
-    shares = damping / (eigenvalues + damping)
-    return in_precision_of(advantages, vectors @ (shares * (vectors.mT @ advantages.double())))
+    shares = damping[..., None] / (eigenvalues + damping[..., None])
+    along = vectors.mT @ advantages.double()[..., None]
+    return in_precision_of(advantages, (vectors @ (shares[..., None] * along))[..., 0])
 
 
 def solve_ntk_by_columns(

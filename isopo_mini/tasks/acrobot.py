@@ -1,7 +1,7 @@
 """Acrobot: two links hang from a bar; a motor between them has to swing the lower end up. Many at a time.
 
 The equations of motion are those of Gymnasium's Acrobot-v1, written for a batch: that environment has no vectorised
-form, and a loop over separate ones takes fifty times as long. A test steps both side by side.
+form, and 128 separate ones take six times as long, policy not counted. A test steps both side by side.
 """
 
 import math

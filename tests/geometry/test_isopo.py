@@ -1,12 +1,14 @@
 """The coefficient transforms against the linear algebra that they abbreviate."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from isopo_mini.geometry import isopo
+from isopo_mini.geometry import isopo, ntk_solvers
 
 
 def random_scores(sequences: int = 6, parameters: int = 9, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -282,3 +284,16 @@ def test_errors_say_what_was_expected_and_what_came() -> None:
         isopo.normalized_coefficients(torch.ones(1), torch.ones(1), strength=-0.1)
     with pytest.raises(ValueError, match=r"gram: expected at least one entry"):
         isopo.fisher_norms(torch.ones(0, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "solver", [ntk_solvers.solve_ntk, ntk_solvers.solve_ntk_in_single, ntk_solvers.solve_ntk_by_eigenvalues]
+)
+def test_several_systems_are_solved_as_one_by_one(solver: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(3, 4, 6, generator=generator, dtype=torch.float64).to(dtype)
+    grams, advantages = rows @ rows.mT, torch.randn(3, 4, generator=generator, dtype=torch.float64).to(dtype)
+    damping = torch.tensor([0.1, 1.0, 10.0], dtype=dtype)
+    one_by_one = [solver(*system) for system in zip(grams, advantages, damping, strict=True)]
+    torch.testing.assert_close(solver(grams, advantages, damping), torch.stack(one_by_one))
