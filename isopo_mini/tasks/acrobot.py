@@ -13,6 +13,7 @@ from torch import Tensor
 from isopo_mini import checks
 from isopo_mini.policies.categorical import CategoricalPolicy
 from isopo_mini.tasks.cartpole import Episodes, by_episode
+from isopo_mini.tasks.episodic import EpisodicTask
 
 NUM_FEATURES = 6  # cos θ₁, sin θ₁, cos θ₂, sin θ₂, θ̇₁, θ̇₂; both angles are 0 where the links hang
 NUM_ACTIONS = 3  # a torque of −1, 0 or 1
@@ -73,7 +74,7 @@ def _velocity(states: Float[Tensor, "S 4"], torque: Float[Tensor, "S"]) -> Float
     return torch.stack([speed, second_speed, -(d2 * second_acceleration + phi1) / d1, second_acceleration], dim=1)
 
 
-class Acrobot:
+class Acrobot(EpisodicTask):
     """Swing the lower end of two links above the bar: reward −1 a step, 0 for the one that gets there.
 
     Args:
@@ -96,12 +97,7 @@ class Acrobot:
     """
 
     def __init__(self, max_steps: int = 500, *, evaluation_episodes: int = 128, reward_scale: float = 1.0) -> None:
-        checks.require_at_least("max_steps", max_steps, 1)
-        checks.require_at_least("evaluation_episodes", evaluation_episodes, 1)
-        checks.require_positive("reward_scale", reward_scale)
-        self.max_steps = max_steps
-        self.evaluation_episodes = evaluation_episodes
-        self.reward_scale = reward_scale
+        super().__init__(max_steps, evaluation_episodes=evaluation_episodes, reward_scale=reward_scale)
 
     @torch.no_grad()
     def sample(
@@ -159,13 +155,6 @@ class Acrobot:
             truncated=truncated,
             final_observations=observe(final),
         )
-
-    def evaluate(self, policy: CategoricalPolicy) -> dict[str, float]:
-        """Mean return over episodes with sampled actions, always the same seed, as "return"."""
-        device = next(policy.parameters(), torch.empty(0)).device
-        generator = torch.Generator(device).manual_seed(0)
-        episodes = self.sample(policy, self.evaluation_episodes, generator)
-        return {"return": episodes.total_rewards().mean().item() / self.reward_scale}
 
 
 def torque_of(actions: Int[Tensor, "*S"]) -> Int[Tensor, "*S"]:

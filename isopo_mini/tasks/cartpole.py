@@ -16,6 +16,7 @@ from torch import Tensor
 from isopo_mini import checks
 from isopo_mini.batch import Batch
 from isopo_mini.policies.categorical import CategoricalPolicy
+from isopo_mini.tasks.episodic import EpisodicTask
 
 NUM_FEATURES = 4  # cart position and velocity, pole angle and angular velocity
 NUM_ACTIONS = 2  # push left, push right
@@ -64,7 +65,7 @@ class Episodes(Batch):
         return self.mask.sum(dim=1)
 
 
-class CartPole:
+class CartPole(EpisodicTask):
     """Keep a pole upright on a cart by pushing it left or right: reward 1 a step, at most `max_steps` steps.
 
     Args:
@@ -86,10 +87,7 @@ class CartPole:
     """
 
     def __init__(self, max_steps: int = 500, *, evaluation_episodes: int = 256) -> None:
-        checks.require_at_least("max_steps", max_steps, 1)
-        checks.require_at_least("evaluation_episodes", evaluation_episodes, 1)
-        self.max_steps = max_steps
-        self.evaluation_episodes = evaluation_episodes
+        super().__init__(max_steps, evaluation_episodes=evaluation_episodes)
 
     @torch.no_grad()
     def sample(
@@ -158,13 +156,6 @@ class CartPole:
             truncated=torch.from_numpy(truncated).to(like.device),
             final_observations=torch.from_numpy(final).to(like),
         )
-
-    def evaluate(self, policy: CategoricalPolicy) -> dict[str, float]:
-        """Mean number of steps over episodes with sampled actions, always the same seed, as "return"."""
-        device = next(policy.parameters(), torch.empty(0)).device
-        generator = torch.Generator(device).manual_seed(0)
-        episodes = self.sample(policy, self.evaluation_episodes, generator)
-        return {"return": episodes.total_rewards().mean().item()}
 
 
 def by_episode(steps: list[Tensor], mask: Bool[Tensor, "S T"]) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from isopo_mini import checks
 from isopo_mini.policies.gaussian import GaussianPolicy
 from isopo_mini.tasks.cartpole import Episodes
+from isopo_mini.tasks.episodic import EpisodicTask
 
 NUM_FEATURES = 3  # cos θ, sin θ, θ̇ of an angle θ that is 0 upright
 NUM_ACTIONS = 1  # a torque
@@ -46,7 +47,7 @@ def advance(
     return angle + speed * TIME_STEP, speed, reward
 
 
-class Pendulum:
+class Pendulum(EpisodicTask):
     """Swing a pendulum up and hold it: reward −(θ² + .1 θ̇² + .001 u²) a step, for `max_steps` steps.
 
     No episode terminates; every one is cut by the time limit.
@@ -71,12 +72,7 @@ class Pendulum:
     """
 
     def __init__(self, max_steps: int = 200, *, evaluation_episodes: int = 64, reward_scale: float = 1.0) -> None:
-        checks.require_at_least("max_steps", max_steps, 1)
-        checks.require_at_least("evaluation_episodes", evaluation_episodes, 1)
-        checks.require_positive("reward_scale", reward_scale)
-        self.max_steps = max_steps
-        self.evaluation_episodes = evaluation_episodes
-        self.reward_scale = reward_scale
+        super().__init__(max_steps, evaluation_episodes=evaluation_episodes, reward_scale=reward_scale)
 
     @torch.no_grad()
     def sample(self, policy: GaussianPolicy, num_sequences: int, generator: torch.Generator | None = None) -> Episodes:
@@ -121,8 +117,4 @@ class Pendulum:
 
     def evaluate(self, policy: GaussianPolicy) -> dict[str, float]:
         """Mean return over episodes with sampled actions, always the same seed, as "return"; with mean log σ."""
-        device = next(policy.parameters(), torch.empty(0)).device
-        generator = torch.Generator(device).manual_seed(0)
-        episodes = self.sample(policy, self.evaluation_episodes, generator)
-        plain = episodes.total_rewards().mean().item() / self.reward_scale
-        return {"return": plain, "log_std": policy.log_std.mean().item()}
+        return super().evaluate(policy) | {"log_std": policy.log_std.mean().item()}
