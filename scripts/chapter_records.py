@@ -23,6 +23,9 @@ c.InteractiveShellApp.extensions = ["claims", "crisp_figures"]
 c.HistoryManager.enabled = False
 """
 SETUP_CELL = "setup"
+# For programs that read notebooks, before they do: jsonschema checks web addresses with a grammar that is compiled for
+# two seconds in every process, and does without where it cannot have it.
+NO_GRAMMAR = "import sys; sys.modules['rfc3987_syntax'] = None"
 
 Record = dict[str, Any]
 

@@ -15,10 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from chapter_records import ROOT, Record, listening, read
+from chapter_records import NO_GRAMMAR, ROOT, Record, listening, read
 from tqdm import tqdm
 
-EXECUTE = "from nbclient.cli import main; main()"  # `jupyter execute`, wherever its script may lie
+# `jupyter execute`, wherever its script may lie.
+EXECUTE = f"{NO_GRAMMAR}; from nbclient.cli import main; main()"
 CELL_SECONDS = 900  # old instructions on a busy machine are slow
 
 

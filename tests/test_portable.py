@@ -45,7 +45,7 @@ def chapter(folder: Path, name: str, *cells: str) -> Path:
 
 @pytest.fixture
 def found(tmp_path: Path) -> list[dict[str, Any]]:
-    """Two chapters under the ordinary setting and three shifts."""
+    """Two chapters under the ordinary setting and two shifts."""
     draw = "import os, torch\nx = torch.rand(1000, generator=torch.Generator().manual_seed(7))"
     checks = [
         "assert x.mean() < 0.6",  # 0.5 with a standard error of 0.01: nine of them left
@@ -56,7 +56,7 @@ def found(tmp_path: Path) -> list[dict[str, Any]]:
         "assert 'OMP_NUM_THREADS' in os.environ or True",
     ]
     paths = [chapter(tmp_path, "one", draw, "\n".join(checks)), chapter(tmp_path, "two", "assert 1 > 0", "1 / 0", "2")]
-    settings = [execute_chapters.ORDINARY, *execute_chapters.SEEDS]
+    settings = [execute_chapters.ORDINARY, *execute_chapters.SEEDS[:2]]
     records: list[dict[str, Any]] = []
     for setting in settings:
         more, seconds = execute_chapters.execute_all(paths, setting, jobs=2, root=tmp_path)
@@ -69,7 +69,7 @@ def test_what_does_not_hold_and_what_holds_by_luck_is_told(
     found: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = portable.margins(found).set_index("claim")
-    assert table["settings"].eq(4).all()
+    assert table["settings"].eq(3).all()
     assert set(table.index[~table["held"]]) == {"abs(x.mean() - 0.5) < 1e-09"}
     assert set(table.index[table["thin"] & table["held"]]) <= {"x[0] < 0.99"}
     assert not table.loc["1.0 < 1.01", "moves"]
@@ -79,7 +79,7 @@ def test_what_does_not_hold_and_what_holds_by_luck_is_told(
     said = capsys.readouterr().out
     assert "two.ipynb, cell 2 (counted from 0), which begins\n    | 1 / 0\n  fails at\n    > 1 / 0\n" in said
     assert "one.ipynb [2]  abs(x.mean() - 0.5) < 1e-09\n" in said
-    assert said.count("ZeroDivisionError") == 4
+    assert said.count("ZeroDivisionError") == 3
     assert "scripts/portable.py --chapters two.ipynb --settings ordinary" in said
 
 

@@ -14,7 +14,7 @@ from isopo_mini.engine.transforms import MovingAverages
 from isopo_mini.geometry.isopo import ntk_coefficients
 from isopo_mini.policies.transformer import CausalTransformer
 
-SEQUENCES, POSITIONS, WORDS = 12, 5, 7
+SEQUENCES, POSITIONS, WORDS = 6, 5, 7
 TRANSFORMS = {
     "NTK": NTK(0.3),
     "NTK natural": NTK(0.3, "natural"),
@@ -29,7 +29,7 @@ TRANSFORMS = {
 
 def make_policy(dtype: torch.dtype = torch.float64) -> CausalTransformer:
     torch.manual_seed(1)
-    return CausalTransformer(WORDS, 8, width=8, layers=2, heads=2).to(dtype)
+    return CausalTransformer(WORDS, 8, width=8, layers=1, heads=2).to(dtype)
 
 
 def make_data(seed: int = 2, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -43,9 +43,9 @@ def log_prob(policy: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def steps(engine: Isopo, size: int, looped: bool, scale: float = 1.0) -> list[Tensor]:
-    """Gradients of three steps on three batches, with the moving averages going on."""
+    """Gradients of two steps on two batches, with the moving averages going on."""
     policy, found = engine.model, []
-    for seed in range(3):
+    for seed in range(2):
         tokens, advantages = make_data(seed, next(policy.parameters()).dtype)
         policy.zero_grad()
         parts = torch.arange(SEQUENCES).split(size) if looped else [torch.arange(SEQUENCES)]
@@ -57,7 +57,7 @@ def steps(engine: Isopo, size: int, looped: bool, scale: float = 1.0) -> list[Te
     return found
 
 
-@pytest.mark.parametrize("size", [1, 3, 4, 5, 11, 12, 40])
+@pytest.mark.parametrize("size", [1, 2, 4, 5, 6, 40])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_equals_the_loop_over_microbatches(name: str, size: int) -> None:
     loop, blocks = (steps(Isopo(make_policy(), TRANSFORMS[name]), size, looped) for looped in (True, False))
@@ -68,15 +68,15 @@ def test_equals_the_loop_over_microbatches(name: str, size: int) -> None:
 @pytest.mark.parametrize("name", ["NTK", "NTK natural", "Fisher"])
 def test_equals_the_loop_on_every_path(name: str, options: dict[str, Any]) -> None:
     loop, blocks = (
-        steps(Isopo(make_policy(), TRANSFORMS[name], **options), 4, looped, scale=2.0**10) for looped in (True, False)
+        steps(Isopo(make_policy(), TRANSFORMS[name], **options), 3, looped, scale=2.0**10) for looped in (True, False)
     )
     torch.testing.assert_close(blocks, loop, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("gram", ["sketched", "signs"])
 def test_a_sketch_that_is_as_long_as_the_gradients_is_exact(gram: str) -> None:
-    exact = steps(Isopo(make_policy(), NTK(0.3, "natural")), 4, looped=True)
-    found = steps(Isopo(make_policy(), NTK(0.3, "natural"), gram=gram, sketch_size=64), 4, looped=False)
+    exact = steps(Isopo(make_policy(), NTK(0.3, "natural")), 3, looped=True)
+    found = steps(Isopo(make_policy(), NTK(0.3, "natural"), gram=gram, sketch_size=64), 3, looped=False)
     torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-11)
 
 
@@ -97,19 +97,19 @@ def test_blocks_of_a_short_sketch_are_those_on_the_diagonal(gram: str) -> None:
     options: dict[str, Any] = {"gram": gram, "sketch_size": 4, "decay": 0.0}
     with Isopo(policy, recorded, **options).microbatch(advantages):
         log_prob(policy, tokens).sum().backward()
-    with Isopo(policy, NTK(0.3), **options).microbatch(advantages, block_size=4) as microbatch:
+    with Isopo(policy, NTK(0.3), **options).microbatch(advantages, block_size=3) as microbatch:
         log_prob(policy, tokens).sum().backward()
     assert len(recorded.grams) == len(microbatch.coefficients)
     for whole, found in zip(recorded.grams, microbatch.coefficients.values(), strict=True):
-        for place in torch.arange(SEQUENCES).split(4):
+        for place in torch.arange(SEQUENCES).split(3):
             block = whole[place][:, place]
-            expected = ntk_coefficients(block, advantages[place], 0.3 * block.trace() / 4)
+            expected = ntk_coefficients(block, advantages[place], 0.3 * block.trace() / 3)
             torch.testing.assert_close(found[place], expected, rtol=1e-9, atol=1e-11)
 
 
 def test_in_single_precision_and_half() -> None:
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
-        loop, blocks = (steps(Isopo(make_policy(dtype), NTK(1.0)), 4, looped) for looped in (True, False))
+        loop, blocks = (steps(Isopo(make_policy(dtype), NTK(1.0)), 3, looped) for looped in (True, False))
         for one, other in zip(loop, blocks, strict=True):
             assert (one - other).norm() < tolerance * one.norm()
 
@@ -120,7 +120,7 @@ def test_padding_that_tokens_must_not_be_drawn_from() -> None:
     mask = torch.ones(SEQUENCES, POSITIONS - 1, dtype=torch.bool)
     mask[::2, 3:] = False
     transform, found = FisherNormalized("token-unscaled"), []
-    for size, looped in ((4, True), (4, False)):
+    for size, looped in ((3, True), (3, False)):
         policy = make_policy()
         engine = Isopo(policy, transform)
         for part in torch.arange(SEQUENCES).split(size if looped else SEQUENCES):

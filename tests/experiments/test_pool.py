@@ -41,16 +41,15 @@ def run(one):
 pool.run = run
 
 if __name__ == "__main__":
-    runs = grid("bandit", {"reinforce": [0.1]}, range(6), sequences=8, steps=4, evaluations=2)
-    pool.run_all(runs, Path("out"), processes=2)
+    runs = grid("bandit", {"reinforce": [0.1]}, range(3), sequences=8, steps=4, evaluations=2)
+    pool.run_all(runs, Path("out"), processes=PROCESSES)
 """
 
 
-def start(folder: Path, deadly: int = -1, pause: float = 0.0) -> subprocess.Popen:
+def start(folder: Path, processes: int, deadly: int = -1, pause: float = 0.0) -> subprocess.Popen:
     """The script, in a folder."""
-    (folder / "mine.py").write_text(
-        SCRIPT.replace("DEADLY", str(deadly)).replace("PAUSE", str(pause)), encoding="utf-8"
-    )
+    script = SCRIPT.replace("DEADLY", str(deadly)).replace("PAUSE", str(pause)).replace("PROCESSES", str(processes))
+    (folder / "mine.py").write_text(script, encoding="utf-8")
     root = Path(pool.__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     return subprocess.Popen([sys.executable, "mine.py"], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
@@ -71,21 +70,21 @@ def seeds(folder: Path) -> list[int]:
 
 
 def test_a_run_that_kills_its_process_costs_itself_alone(tmp_path: Path) -> None:
-    process = start(tmp_path, deadly=1)
+    process = start(tmp_path, processes=2, deadly=1)
     (complaint,) = complaints(process)
     assert process.returncode == 1
     last = complaint.rstrip().splitlines()[-1]
-    assert "1 of 6 runs failed, first reinforce__adamw__0.1__1.json: its process died" in last
-    assert seeds(tmp_path) == [0, 2, 3, 4, 5]
+    assert "1 of 3 runs failed, first reinforce__adamw__0.1__1.json: its process died" in last
+    assert seeds(tmp_path) == [0, 2]
     note = tmp_path / "out" / "failed" / "reinforce__adamw__0.1__1.json.txt"
     assert "its process died" in note.read_text(encoding="utf-8")
 
 
 def test_two_programs_share_a_folder_and_no_run_is_made_twice(tmp_path: Path) -> None:
-    both = [start(tmp_path, pause=0.3) for _ in range(2)]
+    both = [start(tmp_path, processes=1, pause=0.3) for _ in range(2)]
     said = complaints(*both)
     assert [process.returncode for process in both] == [0, 0], said
-    assert seeds(tmp_path) == list(range(6))
+    assert seeds(tmp_path) == list(range(3))
     made = Counter((tmp_path / "log.txt").read_text(encoding="utf-8").split())
     assert set(made.values()) == {1}
     assert not list((tmp_path / "out" / "records").iterdir())
@@ -189,6 +188,7 @@ def test_on_a_cluster_with_a_worker_killed_in_the_middle(tmp_path: Path) -> None
             time.sleep(0.005)
         assert victim in {one.pid for one in started[1:]}, "the runs are made by the workers"
         os.kill(victim, signal.SIGKILL)
+        next(one for one in started if one.pid == victim).wait()  # until then it has a number, and its lease counts
         _, complaint = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, complaint
     finally:
