@@ -50,7 +50,7 @@ pdf: $(INSTALLED)  ## Print the built book with Chromium: one file, solutions at
 	$(BIN)/python scripts/make_pdf.py
 
 test: $(INSTALLED)  ## Run all tests
-	@echo "Running the tests, in a process a core (about ten minutes on two)"
+	@echo "Running the tests, in a process a core (about six minutes on two)"
 	$(BIN)/python -m pytest $(ON_ALL_CORES)
 
 # Its own environment and lock: transformers, peft and trl are large, and nothing else needs them. The weights of
@@ -94,7 +94,7 @@ autograder: $(COURSE)/.installed  ## Write the zips that Gradescope takes: make 
 	@echo "Writing Gradescope's zips to $(DIR)"
 	$(COURSE)/bin/python -m isopo_mini.coursework autograder $(DIR)
 
-portable: $(INSTALLED)  ## Run every chapter as on other processors and with other seeds (about 45 minutes)
+portable: $(INSTALLED)  ## Run every chapter as on other processors and with other seeds (an hour)
 	@echo "Running every chapter under every setting of scripts/execute_chapters.py; a failing claim does not stop it"
 	$(BIN)/python scripts/portable.py
 
