@@ -226,7 +226,7 @@ class NtkIsopo(LayerwiseIsopo):
 class LayerScaledReinforce(LayerwiseIsopo):
     """REINFORCE with every layer in its natural scale: c = A over tr K/S (moving average), one number a layer.
 
-    What remains of ISOPO when no sequence is treated otherwise than another; `geometry.transforms.LayerScaled`.
+    What remains of ISOPO when no sequence is treated otherwise than another; `engine.transforms.LayerScaled`.
 
     Args:
         **options: see `LayerwiseIsopo`. No Gram matrix is made, so `gram` changes nothing.
@@ -240,7 +240,7 @@ class FisherNormalizedIsopo(LayerwiseIsopo):
     """ISOPO, non-interacting: c_s = A_s/‖G_s‖_F in every layer.
 
     Args:
-        norm: `"sequence"`, `"token"` or `"token-unscaled"`: see `geometry.transforms.FisherNormalized`.
+        norm: `"sequence"`, `"token"` or `"token-unscaled"`: see `engine.transforms.FisherNormalized`.
         power: of the Fisher norm.
         strength: ρ of the regulariser.
         keep_small: which regulariser.
