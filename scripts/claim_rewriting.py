@@ -3,7 +3,7 @@
 import ast
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeGuard
 
 from claim_comparisons import ASSERT_CLOSE
 
@@ -14,6 +14,17 @@ CERTAIN = (
 SIGNS: dict[type[ast.cmpop], str] = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "=="}
 CLOSE = {"allclose", "isclose"}
 LIBRARIES = {"np", "numpy", "torch"}
+
+
+def claims_in(source: str) -> set[str]:
+    """What the asserts of a cell say, in the words in which they are recorded."""
+    said = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Assert):
+            said.add(ast.unparse(node.test))
+        elif isinstance(node, ast.Expr) and _is_assertion(node.value):
+            said.add(ast.unparse(node.value))
+    return said
 
 
 class Rewriter(ast.NodeTransformer):
@@ -34,7 +45,7 @@ class Rewriter(ast.NodeTransformer):
     def visit_Expr(self, node: ast.Expr) -> ast.Expr:
         """`np.testing.assert_allclose(…)` and `torch.testing.assert_close(…)` as statements."""
         call = node.value
-        if not (isinstance(call, ast.Call) and _name(call.func) in ASSERT_CLOSE):
+        if not _is_assertion(call):
             return node
         said = ast.Constant(node.lineno), ast.Constant(ast.unparse(call))
         claim = self._call("assert_close", *said, call.func, *call.args, keywords=call.keywords)
@@ -84,6 +95,11 @@ class Rewriter(ast.NodeTransformer):
     def _placed(new: Any, old: ast.AST) -> Any:
         """The new node where the old one was, so that tracebacks show the author's line."""
         return ast.fix_missing_locations(ast.copy_location(new, old))
+
+
+def _is_assertion(node: ast.expr) -> TypeGuard[ast.Call]:
+    """Is it a call of a function that compares and raises?"""
+    return isinstance(node, ast.Call) and _name(node.func) in ASSERT_CLOSE
 
 
 def _name(function: ast.expr) -> str:

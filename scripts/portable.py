@@ -22,7 +22,8 @@ from pathlib import Path
 import build_book
 import numpy as np
 import pandas as pd
-from chapter_records import ROOT, Record, chapters, failure_report
+from chapter_records import ROOT, Record, chapters, code_cells, failure_report
+from claim_rewriting import claims_in
 from execute_chapters import SETTINGS, Setting, execute_all
 
 from isopo_mini.experiments.provenance import provenance, write_table
@@ -143,6 +144,19 @@ def updated(table: pd.DataFrame, old: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([rest, table]).sort_values("chapter", kind="stable", ignore_index=True)
 
 
+def not_measured(root: Path = ROOT) -> dict[str, set[str]]:
+    """The claims of each chapter that are not in the table, because they came or changed since it was made."""
+    path = root / TABLE.relative_to(ROOT)
+    table = pd.read_csv(path) if path.exists() else pd.DataFrame({"chapter": [], "claim": []})
+    measured = table.groupby("chapter")["claim"].agg(set).to_dict()
+    found: dict[str, set[str]] = {}
+    for chapter in chapters(root / "book"):
+        name = chapter.relative_to(root).as_posix()
+        said = set().union(*map(claims_in, code_cells(chapter))) - measured.get(name, set())
+        found |= {name: said} if said else {}
+    return found
+
+
 def main() -> int:
     """Run, print, and say by the exit status whether every claim held and none by luck."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -162,6 +176,9 @@ def main() -> int:
     table = margins(records)
     print("\n" + overview.to_string(index=False))
     good = report(records, table, settings)
+    if options.changed and (new := not_measured()):
+        counts = "\n".join(f"  {chapter}: {len(said)}" for chapter, said in new.items())
+        print(f"\nNot measured under every setting yet (--update --chapters … does it):\n{counts}")
     every_setting = set(overview["setting"]) == set(SETTINGS)
     origin = provenance(runs=overview.to_dict("records"))
     if options.update:

@@ -20,6 +20,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import portable
 import sync_address
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,6 +120,13 @@ def check_tree(root: Path) -> list[str]:
     return [f"not committed: {', '.join(line[3:] for line in changed)}"] if changed else []
 
 
+def check_claims(root: Path) -> list[str]:
+    """Every claim of the book has been measured on other processors and with other seeds."""
+    new = portable.not_measured(root)
+    again = f"python scripts/portable.py --update --chapters {' '.join(new)}"
+    return [f"results/portability lacks claims of {len(new)} chapters: {again}"] if new else []
+
+
 def check_packages(root: Path) -> list[str]:
     """The wheel and the source distribution carry the library, its data and its licence, and nothing else."""
     folder = root / "_build" / "release"
@@ -186,6 +194,7 @@ CHECKS: tuple[Callable[[Path], list[str]], ...] = (
     check_address,
     check_version,
     check_tree,
+    check_claims,
     check_packages,
     check_import,
 )

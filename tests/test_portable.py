@@ -90,6 +90,20 @@ def test_the_rows_of_a_chapter_that_has_changed_are_replaced() -> None:
     pd.testing.assert_frame_equal(portable.updated(new, old), expected)
 
 
+def test_a_claim_that_was_not_measured_is_named(tmp_path: Path) -> None:
+    (tmp_path / "book").mkdir()
+    claims = ["assert (a < b).all(), 'so it is'", "def f():\n    np.testing.assert_allclose(x,  y)", "assert later"]
+    chapter(tmp_path / "book", "one", *claims)
+    chapter(tmp_path / "book", "two", "x = 1")
+    table = tmp_path / "results" / "portability" / "claims.csv"
+    table.parent.mkdir(parents=True)
+    known = ["(a < b).all()", "np.testing.assert_allclose(x, y)", "gone"]
+    pd.DataFrame({"chapter": "book/one.ipynb", "claim": known}).to_csv(table, index=False)
+    assert portable.not_measured(tmp_path) == {"book/one.ipynb": {"later"}}
+    table.unlink()
+    assert len(portable.not_measured(tmp_path)["book/one.ipynb"]) == 3
+
+
 def measured(distances: list[float], settings: list[str], **more: Any) -> list[dict[str, Any]]:
     """Records of one claim `left < 1` that keeps these distances."""
     base = {"chapter": "c", "cell": 1, "line": 1, "claim": "x < 1", "compared": "x < 1", "held": True, "certain": False}

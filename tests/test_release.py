@@ -94,8 +94,9 @@ def test_a_clone_with_an_address_may_be_released(
         subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
         return release.tried(sys.executable, root, tmp_path, PYTHONPATH=str(tmp_path))
 
-    checks = [check_import if check is release.check_import else check for check in release.CHECKS]
-    monkeypatch.setattr(release, "CHECKS", tuple(checks))
+    # Whether this tree's claims were measured is no matter of a clone.
+    instead = {release.check_import: check_import, release.check_claims: lambda _: []}
+    monkeypatch.setattr(release, "CHECKS", tuple(instead.get(check, check) for check in release.CHECKS))
     assert release.main(["--skip-long"], clone) == 0, capsys.readouterr().out
     printed = capsys.readouterr().out
     assert "  ! " not in printed
@@ -113,6 +114,18 @@ def test_of_this_tree_it_says_the_truth() -> None:
     """`OWNER` stands there until somebody has chosen where to publish."""
     chosen = "/OWNER/" not in sync_address.read_address(ROOT).url
     assert chosen != any("still names OWNER" in complaint for complaint in release.check_address(ROOT))
+
+
+def test_a_claim_that_was_not_measured_elsewhere_is_noticed(changed: Path) -> None:
+    (path,) = (changed / "book").glob("foundations/01_*.ipynb")
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    last = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"][-1]
+    last["source"] = [*last["source"], "\nassert 1 < 2 < 3"]
+    path.write_text(json.dumps(notebook), encoding="utf-8")
+    name = path.relative_to(changed).as_posix()
+    assert "1 < 2 < 3" in release.portable.not_measured(changed)[name]
+    (complaint,) = release.check_claims(changed)
+    assert name in complaint.partition("--update --chapters ")[2].split()
 
 
 @pytest.mark.parametrize(
