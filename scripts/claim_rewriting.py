@@ -17,9 +17,15 @@ LIBRARIES = {"np", "numpy", "torch"}
 
 
 def claims_in(source: str) -> set[str]:
-    """What the asserts of a cell say, in the words in which they are recorded."""
-    said = set()
-    for node in ast.walk(ast.parse(source)):
+    """What the asserts of a cell say, in the words in which they are recorded.
+
+    Without those under a condition, which need not run everywhere: where no language model is installed, say.
+    """
+    said: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse(source)]
+    while waiting:
+        node = waiting.pop()
+        waiting += [] if isinstance(node, ast.If) else ast.iter_child_nodes(node)
         if isinstance(node, ast.Assert):
             said.add(ast.unparse(node.test))
         elif isinstance(node, ast.Expr) and _is_assertion(node.value):

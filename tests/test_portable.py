@@ -92,7 +92,11 @@ def test_the_rows_of_a_chapter_that_has_changed_are_replaced() -> None:
 
 def test_a_claim_that_was_not_measured_is_named(tmp_path: Path) -> None:
     (tmp_path / "book").mkdir()
-    claims = ["assert (a < b).all(), 'so it is'", "def f():\n    np.testing.assert_allclose(x,  y)", "assert later"]
+    claims = [
+        "assert (a < b).all(), 'so it is'",
+        "def f():\n    np.testing.assert_allclose(x,  y)",
+        "assert later\nif x:\n    assert here",
+    ]
     chapter(tmp_path / "book", "one", *claims)
     chapter(tmp_path / "book", "two", "x = 1")
     table = tmp_path / "results" / "portability" / "claims.csv"
