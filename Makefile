@@ -50,7 +50,7 @@ pdf: $(INSTALLED)  ## Print the built book with Chromium: one file, solutions at
 	$(BIN)/python scripts/make_pdf.py
 
 test: $(INSTALLED)  ## Run all tests
-	@echo "Running the tests, in a process a core (about six minutes on two)"
+	@echo "Running the tests, in a process a core (six to eight minutes on two)"
 	$(BIN)/python -m pytest $(ON_ALL_CORES)
 
 # Its own environment and lock: transformers, peft and trl are large, and nothing else needs them. The weights of
