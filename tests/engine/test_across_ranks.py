@@ -108,7 +108,7 @@ def test_every_process_needs_as_many_sequences() -> None:
 
 def one_leaves(rank: int, port: int, way: str, left: str) -> None:
     """The second process goes in the middle of a step; the first writes down how long it waited for it."""
-    join(rank, port, seconds=2.0)
+    join(rank, port, seconds=3.0)
     tokens, advantages = (values.chunk(RANKS)[rank] for values in make_data(POSITIONS, VOCABULARY))
     policy = make_policy()
     isopo = Isopo(policy, NTK(0.3), gram="sketched", process_group=dist.group.WORLD)
@@ -118,7 +118,7 @@ def one_leaves(rank: int, port: int, way: str, left: str) -> None:
         with isopo.microbatch(advantages):
             total = log_prob(policy, tokens).sum()
             if rank == 1:
-                time.sleep(8.0 if way == "hangs" else 0.0)
+                time.sleep(12.0 if way == "hangs" else 0.0)
                 os._exit(0)  # without a goodbye
             total.backward()
 
@@ -131,7 +131,7 @@ def one_leaves(rank: int, port: int, way: str, left: str) -> None:
 @pytest.mark.parametrize("way", ["dies", "hangs"])
 def test_nobody_waits_longer_than_the_timeout_of_the_group(way: str, tmp_path: Path) -> None:
     spawn(one_leaves, way, str(tmp_path / "waited"))
-    assert float((tmp_path / "waited").read_text(encoding="utf-8")) < 7.0
+    assert float((tmp_path / "waited").read_text(encoding="utf-8")) < 10.0
 
 
 def test_sketches_travel_and_nothing_else_does(tmp_path: Path) -> None:
