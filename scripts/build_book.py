@@ -32,15 +32,16 @@ TOLD_BELOW = re.compile(r"Executing notebook failed: CellExecutionError|Notebook
 # out by the dozen; one by one, a line is printed for each and the long chapters are shared better. What a cell in
 # another process died of, Sphinx keeps in the error and does not print. A failing cell is a warning, and so fails the
 # build (-W) after all the others have run; the configuration, for whoever calls Jupyter Book itself, ends it at once.
-BUILD = f"""
-{chapter_records.NO_GRAMMAR}
+BUILD = (
+    chapter_records.NO_GRAMMAR
+    + """
 import functools, sys
 import jupyter_book.sphinx as builder
 import sphinx.builders
 from jupyter_book.cli.main import main
 plain = builder.build_sphinx
 def build_sphinx(*args, confoverrides=None, **kwargs):
-    confoverrides = dict(confoverrides or (), nb_execution_raise_on_error=False)
+    confoverrides = {**(confoverrides or {}), "nb_execution_raise_on_error": False}
     return plain(*args, confoverrides=confoverrides, **kwargs)
 builder.build_sphinx = functools.partial(build_sphinx, jobs=int(sys.argv.pop(1)))
 sphinx.builders.make_chunks = lambda pages, processes, maxbatch=1: [[page] for page in pages]
@@ -49,6 +50,7 @@ try:
 except RuntimeError as error:
     sys.exit(getattr(error.__cause__, "traceback", str(error)))
 """
+)
 
 
 def trouble(lines: list[str]) -> list[str]:

@@ -25,7 +25,9 @@ def claims_in(source: str) -> set[str]:
     waiting: list[ast.AST] = [ast.parse(source)]
     while waiting:
         node = waiting.pop()
-        waiting += [] if isinstance(node, ast.If) else ast.iter_child_nodes(node)
+        if isinstance(node, ast.If):
+            continue
+        waiting += ast.iter_child_nodes(node)
         if isinstance(node, ast.Assert):
             said.add(ast.unparse(node.test))
         elif isinstance(node, ast.Expr) and _is_assertion(node.value):

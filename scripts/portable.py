@@ -153,7 +153,8 @@ def not_measured(root: Path = ROOT) -> dict[str, set[str]]:
     for chapter in chapters(root / "book"):
         name = chapter.relative_to(root).as_posix()
         said = set().union(*map(claims_in, code_cells(chapter))) - measured.get(name, set())
-        found |= {name: said} if said else {}
+        if said:
+            found[name] = said
     return found
 
 

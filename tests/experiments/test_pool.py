@@ -41,14 +41,16 @@ def run(one):
 pool.run = run
 
 if __name__ == "__main__":
-    runs = grid("bandit", {"reinforce": [0.1]}, range(3), sequences=8, steps=4, evaluations=2)
+    runs = grid("bandit", {"reinforce": [0.1]}, range(RUNS), sequences=8, steps=4, evaluations=2)
     pool.run_all(runs, Path("out"), processes=PROCESSES)
 """
 
 
-def start(folder: Path, processes: int, deadly: int = -1, pause: float = 0.0) -> subprocess.Popen:
+def start(folder: Path, runs: int, processes: int, deadly: int = -1, pause: float = 0.0) -> subprocess.Popen:
     """The script, in a folder."""
-    script = SCRIPT.replace("DEADLY", str(deadly)).replace("PAUSE", str(pause)).replace("PROCESSES", str(processes))
+    script = SCRIPT
+    for name, value in {"RUNS": runs, "PROCESSES": processes, "DEADLY": deadly, "PAUSE": pause}.items():
+        script = script.replace(name, str(value))
     (folder / "mine.py").write_text(script, encoding="utf-8")
     root = Path(pool.__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
@@ -70,7 +72,7 @@ def seeds(folder: Path) -> list[int]:
 
 
 def test_a_run_that_kills_its_process_costs_itself_alone(tmp_path: Path) -> None:
-    process = start(tmp_path, processes=2, deadly=1)
+    process = start(tmp_path, runs=3, processes=2, deadly=1)
     (complaint,) = complaints(process)
     assert process.returncode == 1
     last = complaint.rstrip().splitlines()[-1]
@@ -81,10 +83,10 @@ def test_a_run_that_kills_its_process_costs_itself_alone(tmp_path: Path) -> None
 
 
 def test_two_programs_share_a_folder_and_no_run_is_made_twice(tmp_path: Path) -> None:
-    both = [start(tmp_path, processes=1, pause=0.3) for _ in range(2)]
+    both = [start(tmp_path, runs=6, processes=1, pause=0.3) for _ in range(2)]
     said = complaints(*both)
     assert [process.returncode for process in both] == [0, 0], said
-    assert seeds(tmp_path) == list(range(3))
+    assert seeds(tmp_path) == list(range(6))
     made = Counter((tmp_path / "log.txt").read_text(encoding="utf-8").split())
     assert set(made.values()) == {1}
     assert not list((tmp_path / "out" / "records").iterdir())
