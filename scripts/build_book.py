@@ -29,14 +29,13 @@ CHATTER = re.compile(r"^\[IPKernelApp\]|Kernel is running over TCP|^0\.00s - |^\
 TOLD_BELOW = re.compile(r"Executing notebook failed: CellExecutionError|Notebook exception traceback saved")
 
 # Jupyter Book's own command line, with two arguments more for Sphinx, in a process of its own. Sphinx would deal pages
-# out by the dozen; one by one, a line is printed for each and the long chapters are shared better. Chapters come first:
-# the short pages then fill what a core would be idle while another runs the last chapter. What a cell in another
-# process died of, Sphinx keeps in the error and does not print. A failing cell is a warning, and so fails the build
-# (-W) after all the others have run; the configuration, for whoever calls Jupyter Book itself, ends it at once.
+# out by the dozen; one by one, a line is printed for each and the long chapters are shared better. What a cell in
+# another process died of, Sphinx keeps in the error and does not print. A failing cell is a warning, and so fails the
+# build (-W) after all the others have run; the configuration, for whoever calls Jupyter Book itself, ends it at once.
 BUILD = (
     chapter_records.NO_GRAMMAR
     + """
-import functools, os, sys
+import functools, sys
 import jupyter_book.sphinx as builder
 import sphinx.builders
 from jupyter_book.cli.main import main
@@ -45,8 +44,7 @@ def build_sphinx(*args, confoverrides=None, **kwargs):
     confoverrides = {**(confoverrides or {}), "nb_execution_raise_on_error": False}
     return plain(*args, confoverrides=confoverrides, **kwargs)
 builder.build_sphinx = functools.partial(build_sphinx, jobs=int(sys.argv.pop(1)))
-is_short = lambda page: not os.path.exists(page + ".ipynb")
-sphinx.builders.make_chunks = lambda pages, processes, maxbatch=1: [[page] for page in sorted(pages, key=is_short)]
+sphinx.builders.make_chunks = lambda pages, processes, maxbatch=1: [[page] for page in pages]
 try:
     main(["build", "-W", "--keep-going", "--all", *sys.argv[1:]])
 except RuntimeError as error:
