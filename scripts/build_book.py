@@ -29,22 +29,26 @@ CHATTER = re.compile(r"^\[IPKernelApp\]|Kernel is running over TCP|^0\.00s - |^\
 TOLD_BELOW = re.compile(r"Executing notebook failed: CellExecutionError|Notebook exception traceback saved")
 
 # Jupyter Book's own command line, with two arguments more for Sphinx, in a process of its own. Sphinx would deal pages
-# out by the dozen; one by one, a line is printed for each and the long chapters are shared better. What a cell in
-# another process died of, Sphinx keeps in the error and does not print. A failing cell is a warning, and so fails the
-# build (-W) after all the others have run; the configuration, for whoever calls Jupyter Book itself, ends it at once.
+# out by the dozen. To be read, and so executed, they are dealt out one by one: a line is printed for each and the long
+# chapters are shared better. (To be written they stay in dozens: each new process has to load the highlighter again.)
+# What a cell in another process died of, Sphinx keeps in the error and does not print. A failing cell is a warning, and
+# so fails the build (-W) after all the others have run; the configuration, for whoever calls Jupyter Book itself, ends
+# it at once.
 BUILD = (
     chapter_records.NO_GRAMMAR
     + """
 import functools, sys
+from unittest import mock
 import jupyter_book.sphinx as builder
-import sphinx.builders
 from jupyter_book.cli.main import main
+from sphinx.builders import Builder
 plain = builder.build_sphinx
 def build_sphinx(*args, confoverrides=None, **kwargs):
     confoverrides = {**(confoverrides or {}), "nb_execution_raise_on_error": False}
     return plain(*args, confoverrides=confoverrides, **kwargs)
 builder.build_sphinx = functools.partial(build_sphinx, jobs=int(sys.argv.pop(1)))
-sphinx.builders.make_chunks = lambda pages, processes, maxbatch=1: [[page] for page in pages]
+one_by_one = mock.patch("sphinx.builders.make_chunks", lambda pages, processes: [[page] for page in pages])
+Builder._read_parallel = one_by_one(Builder._read_parallel)
 try:
     main(["build", "-W", "--keep-going", "--all", *sys.argv[1:]])
 except RuntimeError as error:

@@ -10,6 +10,7 @@ with the address itself or a constant of that value. An address that a program p
 
 import re
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -181,9 +182,12 @@ def main(root: Path) -> int:
     """Check every page under `root` and what lies beside it; print what is wrong and return the exit status."""
     pages = sorted(path for path in root.rglob("*.html") if "_static" not in path.parts)
     beside = sorted(path for suffix in ("css", "js", "mjs") for path in root.rglob(f"*.{suffix}"))
-    wrong = [
-        f"{path.relative_to(root)}: {complaint}" for path in [*pages, *beside] for complaint in file_complaints(path)
-    ]
+    files = [*pages, *beside]
+    with ProcessPoolExecutor() as pool:
+        found = pool.map(file_complaints, files, chunksize=4)
+        wrong = [
+            f"{path.relative_to(root)}: {each}" for path, of_file in zip(files, found, strict=True) for each in of_file
+        ]
     wrong += [f"{root}: no index.html"] if not (root / "index.html").exists() else []
     print(
         "\n".join(wrong)
