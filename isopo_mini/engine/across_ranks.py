@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from isopo_mini.engine.layer_gradients import LayerGradients
+from isopo_mini.engine.parameter_gradients import squared_lengths
 from isopo_mini.geometry import gram as grams
 from isopo_mini.precision import at_least_float32
 
@@ -93,7 +94,7 @@ class GatheredGradients:
         """
         rounding, part = self.local.rounding(from_gram), next(iter(self.local.parameters.values()))
         if rounding is None:
-            rounding = torch.zeros_like(part.squared_sizes())
+            rounding = torch.zeros_like(part.squared_sizes(squared_lengths))
         return self.ranks.gather(rounding)
 
     def token_overlaps(self, count: int) -> tuple[Tensor, Tensor]:

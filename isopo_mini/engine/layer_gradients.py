@@ -8,14 +8,14 @@ and what leaves is not: it is on its way to whoever scaled the loss.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from isopo_mini.engine.parameter_gradients import MatrixGradients, VectorGradients, sum_of
+from isopo_mini.engine.parameter_gradients import MatrixGradients, VectorGradients, squared_lengths, sum_of
 from isopo_mini.engine.path_costs import exact_cost, sketched_cost
 from isopo_mini.engine.resources import SKETCHES, Resources
 from isopo_mini.geometry import gram as grams
@@ -193,14 +193,20 @@ class LayerGradients:
         if all(part.num_terms == 1 for part in parts):
             return None
         squares = []
-        for part in parts:
+        for part, size in zip(parts, self._squared_sizes, strict=True):
             of_square = resources.relative_rounding**2
             if from_gram and isinstance(part, MatrixGradients) and part.formed is None and not self.is_sketched:
                 of_square += ROUNDING * torch.finfo(torch.promote_types(part.dtype, torch.float32)).eps
-            squares.append(of_square * part.squared_sizes())
+            squares.append(of_square * size)
         rounding = sum_of(squares).sqrt()
         rounding = torch.where(rounding.isfinite(), rounding, 0.0)  # squares that do not fit say nothing
         return resources.unscaled(rounding, 1)
+
+    @cached_property
+    def _squared_sizes(self) -> list[Float[Tensor, "S"]]:
+        """About ‖G_s‖² of every parameter if nothing cancelled. Weight and bias share the gradients at the outputs."""
+        lengths = cache(squared_lengths)
+        return [part.squared_sizes(lengths) for part in self._parts]
 
     @property
     def num_sequences(self) -> int:

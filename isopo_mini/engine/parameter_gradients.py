@@ -1,5 +1,6 @@
 """The per-sequence gradients of one parameter as backpropagation hands them over: in factors, not yet multiplied."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -131,13 +132,13 @@ class MatrixGradients:
         """How many outer products a G_s is the sum of."""
         return sum(right.shape[1] for right in self.rights)
 
-    def squared_sizes(self) -> Tensor:
-        """Σ_t ‖left_st‖² ‖right_st‖², `(S,)`: about ‖G_s‖² if nothing cancelled."""
+    def squared_sizes(self, squared_lengths: Callable[[Tensor], Tensor]) -> Tensor:
+        """Σ_t ‖left_st‖² ‖right_st‖², `(S,)`: about ‖G_s‖² if nothing cancelled. `squared_lengths` may remember."""
         sizes = []
         for left, right in zip(self.lefts, self.rights, strict=True):
-            products = _squared_lengths(right)
+            products = squared_lengths(right)
             if left.is_floating_point():
-                products = products * _squared_lengths(left)
+                products = products * squared_lengths(left)
             sizes.append(products.sum(dim=1))
         return sum_of(sizes)
 
@@ -241,13 +242,13 @@ class VectorGradients:
         """How many vectors a G_s is the sum of."""
         return sum(gradients.shape[1] for gradients in self.output_gradients)
 
-    def squared_sizes(self) -> Tensor:
-        """Σ_t ‖g_st ∘ factor_st‖², `(S,)`: about ‖G_s‖² if nothing cancelled."""
+    def squared_sizes(self, squared_lengths: Callable[[Tensor], Tensor]) -> Tensor:
+        """Σ_t ‖g_st ∘ factor_st‖², `(S,)`: about ‖G_s‖² if nothing cancelled. `squared_lengths` may remember."""
         terms = [
             gradients if factors is None else gradients * factors
             for gradients, factors in zip(self.output_gradients, self.factors, strict=True)
         ]
-        return sum_of([_squared_lengths(term).sum(dim=1) for term in terms])
+        return sum_of([squared_lengths(term).sum(dim=1) for term in terms])
 
     def token_overlaps(self, sequences: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """⟨G_s, g_n⟩ `(S, N)` and ‖g_n‖² `(N,)` for the tokens n = (sequence, position)."""
@@ -274,9 +275,9 @@ def sum_of(parts: list[Tensor]) -> Tensor:
     return total
 
 
-def _squared_lengths(vectors: Tensor) -> Tensor:
-    """‖v_st‖², `(S, T)`."""
-    return at_least_float32(vectors).square().sum(dim=2)
+def squared_lengths(vectors: Tensor) -> Tensor:
+    """‖v_st‖², `(S, T)`. The norm reads the vectors once, and writes none of their squares."""
+    return torch.linalg.vector_norm(at_least_float32(vectors), dim=2).square()
 
 
 def _precise(factors: Tensor) -> Tensor:
