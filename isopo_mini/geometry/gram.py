@@ -29,8 +29,9 @@ HALF_PRECISION = (torch.float16, torch.bfloat16)
 # Entries of a gradient whose products single precision may add up: the sum of 28 million is off by 8e-3 for S = 4,
 # sums of 4,096 added up in double precision by 1e-8, in no more time.
 SUMMED_AT_ONCE = 2**12
-# From so many sequences on half of the inner products in single calls are faster than all of them in one.
-MANY_ROWS = 256
+# From so many sequences, and entries of each, half of the inner products in several calls are faster than all in one:
+# of shorter ones the products cost less than writing down the other half.
+MANY_ROWS, LONG_ROWS = 256, 512
 
 
 def per_sequence_gradients(
@@ -66,7 +67,8 @@ def inner_products(gradients: Float[Tensor, "S ..."]) -> Float[Tensor, "S S"]:
     size = flat.shape[1]
     whole = size // SUMMED_AT_ONCE
     if whole < 2 or flat.dtype == torch.float64:
-        return flat @ flat.T if len(flat) < MANY_ROWS else _product_by_strips(flat)
+        is_large = len(flat) >= MANY_ROWS and size >= LONG_ROWS
+        return _product_by_strips(flat) if is_large else flat @ flat.T
     end = whole * SUMMED_AT_ONCE
     blocks = flat[:, :end].unflatten(1, (whole, SUMMED_AT_ONCE)).transpose(0, 1)  # (blocks, S, entries), no copy
     total = torch.bmm(blocks, blocks.mT).sum(dim=0, dtype=torch.float64)
@@ -86,12 +88,13 @@ def block_products(gradients: Float[Tensor, "S ..."], count: int) -> Float[Tenso
 
 def _product_by_strips(rows: Float[Tensor, "S n"]) -> Float[Tensor, "S S"]:
     """The rows' inner products: the lower triangle in four strips, mirrored; five eighths of the multiplications."""
-    product = rows.new_zeros(len(rows), len(rows))
+    product = rows.new_empty(len(rows), len(rows))
     height = -(-len(rows) // 4)
     for start in range(0, len(rows), height):
-        strip = slice(start, start + height)
-        product[start:, strip] = rows[start:] @ rows[strip].T
-    return product.tril() + product.tril(-1).T
+        end = start + height  # the last strip may be lower than the others
+        product[start:, start:end] = rows[start:] @ rows[start:end].T
+        product[start:end, end:] = product[end:, start:end].T
+    return product
 
 
 def dense(

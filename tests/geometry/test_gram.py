@@ -51,6 +51,17 @@ def test_ghost_between_crosses_indices_and_vectors() -> None:
     torch.testing.assert_close(gram.ghost_between(left, right, indices, look_up), expected.T, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("sequences", [gram.MANY_ROWS - 1, gram.MANY_ROWS, gram.MANY_ROWS + 1, gram.MANY_ROWS + 59])
+@pytest.mark.parametrize("columns", [3, gram.LONG_ROWS, gram.LONG_ROWS + 1])
+def test_many_rows_have_all_their_inner_products(sequences: int, columns: int) -> None:
+    """Where a product is made in strips, the last of which may be lower, no entry may be left out or written wrong."""
+    rows = draw(sequences, columns)
+    expected = torch.stack([(rows * row).sum(dim=1) for row in rows])
+    torch.testing.assert_close(gram.inner_products(rows), expected, rtol=1e-12, atol=1e-12)
+    in_single = gram.inner_products(rows.float())
+    torch.testing.assert_close(in_single.double(), expected, rtol=1e-5, atol=1e-4 * columns**0.5)
+
+
 def test_ghost_is_the_same_in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     left, right = draw(7, 3, 4), draw(7, 3, 5)
     whole = gram.ghost(left, right)
