@@ -34,7 +34,8 @@ FOLDED = {
 TAGS = {"setup", "hide-input", "hide-output", "hide-cell", "remove-input", "remove-output", "remove-cell"}
 CHAPTER_FOLDERS = {"foundations", "isopo", "experiments", "neighbours", "beyond"}
 CHAPTER_SECTIONS = ("Where it breaks", "Exercises", "Summary")
-CODE_LINES = 25
+CODE_LINES, CODE_WIDTH = 25, 80  # book.css sets the type so that this width fits the column
+HIDE_CODE = {"setup", "hide-input", "hide-cell", "remove-input", "remove-cell"}
 DRAWS = re.compile(r"\bplt\.(show|subplots|figure|subplot_mosaic)\(")
 
 Notebook = dict[str, Any]
@@ -89,6 +90,9 @@ def code_complaints(cells: list[Notebook]) -> list[str]:
         lines = len(source.removeprefix(f"{TITLE}\n").splitlines())
         if lines > CODE_LINES:
             wrong.append(f"{where}: {lines} lines of code, at most {CODE_LINES}")
+        if not tags & HIDE_CODE:
+            wide = max((len(line) for line in source.splitlines()), default=0)
+            wrong += [f"{where}: a line of {wide} characters, at most {CODE_WIDTH} fit"] if wide > CODE_WIDTH else []
         try:
             ast.parse(source)
         except SyntaxError as error:

@@ -79,6 +79,7 @@ def test_checker_accepts_a_good_chapter() -> None:
         (2, {"metadata": {"mystnb": {"image": {"alt": "plot"}}}}, "mystnb.image.alt must say what is seen"),
         (3, {"source": ["print(2)"]}, "no cell asserts"),
         (3, {"source": ["assert 1\n"] * 25 + ["assert 1"]}, "26 lines of code"),
+        (3, {"source": ["assert " + "1 + " * 20 + "1"]}, "a line of 88 characters, at most 80 fit"),
         (3, {"source": ["%matplotlib inline"]}, "not plain Python"),
         (0, {"source": ["# Title\n", "## Exercises\n", "## Summary"]}, "no section 'Where it breaks'"),
         (0, {"source": ["## Where it breaks\n", "## Exercises\n", "## Summary"]}, "exactly one title"),
@@ -100,6 +101,12 @@ def test_fixing_removes_what_a_run_left_behind_and_keeps_the_rest() -> None:
     used["cells"][3]["metadata"] = {"jupyter": {"outputs_hidden": True}, "tags": []}
     assert check_notebooks.stripped(used, "00_example") == notebook
     assert json.loads(check_notebooks.serialized(notebook)) == notebook
+
+
+def test_folded_code_may_be_wider_than_the_column() -> None:
+    notebook = good_chapter()
+    notebook["cells"][3] |= {"source": ["assert " + "1 + " * 20 + "1"], "metadata": {"tags": ["hide-input"]}}
+    assert complaints(notebook) == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))

@@ -132,13 +132,13 @@ class MatrixGradients:
         """How many outer products a G_s is the sum of."""
         return sum(right.shape[1] for right in self.rights)
 
-    def squared_sizes(self, squared_lengths: Callable[[Tensor], Tensor]) -> Tensor:
-        """Σ_t ‖left_st‖² ‖right_st‖², `(S,)`: about ‖G_s‖² if nothing cancelled. `squared_lengths` may remember."""
+    def squared_sizes(self, measure: Callable[[Tensor], Tensor]) -> Tensor:
+        """Σ_t ‖left_st‖² ‖right_st‖², `(S,)`: about ‖G_s‖² if nothing cancelled. `measure`: see `squared_lengths`."""
         sizes = []
         for left, right in zip(self.lefts, self.rights, strict=True):
-            products = squared_lengths(right)
+            products = measure(right)
             if left.is_floating_point():
-                products = products * squared_lengths(left)
+                products = products * measure(left)
             sizes.append(products.sum(dim=1))
         return sum_of(sizes)
 
@@ -242,13 +242,13 @@ class VectorGradients:
         """How many vectors a G_s is the sum of."""
         return sum(gradients.shape[1] for gradients in self.output_gradients)
 
-    def squared_sizes(self, squared_lengths: Callable[[Tensor], Tensor]) -> Tensor:
-        """Σ_t ‖g_st ∘ factor_st‖², `(S,)`: about ‖G_s‖² if nothing cancelled. `squared_lengths` may remember."""
+    def squared_sizes(self, measure: Callable[[Tensor], Tensor]) -> Tensor:
+        """Σ_t ‖g_st ∘ factor_st‖², `(S,)`: about ‖G_s‖² if nothing cancelled. `measure`: see `squared_lengths`."""
         terms = [
             gradients if factors is None else gradients * factors
             for gradients, factors in zip(self.output_gradients, self.factors, strict=True)
         ]
-        return sum_of([squared_lengths(term).sum(dim=1) for term in terms])
+        return sum_of([measure(term).sum(dim=1) for term in terms])
 
     def token_overlaps(self, sequences: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """⟨G_s, g_n⟩ `(S, N)` and ‖g_n‖² `(N,)` for the tokens n = (sequence, position)."""

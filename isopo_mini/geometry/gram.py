@@ -29,8 +29,8 @@ HALF_PRECISION = (torch.float16, torch.bfloat16)
 # Entries of a gradient whose products single precision may add up: the sum of 28 million is off by 8e-3 for S = 4,
 # sums of 4,096 added up in double precision by 1e-8, in no more time.
 SUMMED_AT_ONCE = 2**12
-# From so many sequences, and entries of each, half of the inner products in several calls are faster than all in one:
-# of shorter ones the products cost less than writing down the other half.
+# With at least so many rows, and rows at least so long, half of the inner products are made and mirrored. Of fewer or
+# shorter rows it is faster to make them all in one call.
 MANY_ROWS, LONG_ROWS = 256, 512
 
 
