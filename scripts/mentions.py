@@ -112,7 +112,8 @@ class Linker:
     def __init__(self, app: Any, page: str) -> None:
         self.app, self.page = app, page
         self.chapters = chapters(sorted(app.env.found_docs))
-        self.by_address = {self.address(other): other for other in self.chapters.values()}
+        # Without this page: its own address is empty, and so is that of a chapter that a draft does without.
+        self.by_address = {self.address(other): other for other in self.chapters.values() if other != page}
 
     def address(self, page: str) -> str:
         """Of another page, as a link on this one has it."""
