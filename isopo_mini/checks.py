@@ -24,20 +24,21 @@ def require_shape(name: str, tensor: Tensor, shape: str, sizes: dict[str, int] |
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor of shape ({shape}), got {type(tensor).__name__}")
-    sizes = dict(sizes or {})
+    sizes = sizes or {}
     axes = shape.replace(",", " ").split()
     actual = tuple(tensor.shape)
     if axes and axes[0] == "...":
         axes = axes[1:]
         actual = actual[len(actual) - len(axes) :] if len(actual) >= len(axes) else actual
-    expected = " ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in axes)
-    complaint = f"{name}: expected shape ({expected}), got {tuple(tensor.shape)}"
-    if len(actual) != len(axes):
-        raise ValueError(complaint)
-    for axis, size in zip(axes, actual, strict=True):
-        if size != (int(axis) if axis.isdigit() else sizes.setdefault(axis, size)):
-            raise ValueError(complaint)
-    return sizes
+    found = dict(sizes)
+    fits = len(actual) == len(axes) and all(
+        size == (int(axis) if axis.isdigit() else found.setdefault(axis, size))
+        for axis, size in zip(axes, actual, strict=True)
+    )
+    if not fits:
+        expected = " ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in axes)
+        raise ValueError(f"{name}: expected shape ({expected}), got {tuple(tensor.shape)}")
+    return found
 
 
 def require_floating(name: str, tensor: Tensor) -> None:

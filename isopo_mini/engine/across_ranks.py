@@ -76,7 +76,7 @@ class GatheredGradients:
 
     def gram(self) -> Float[Tensor, "S S"]:
         """K̂ of all sequences, from the sketches of all processes."""
-        features = torch.cat([at_least_float32(part.flatten(1)) for part in self.local.sketched_parts()], dim=1)
+        features = torch.cat([at_least_float32(part.flatten(1)) for part in self.local.sketched_parts], dim=1)
         return self.local.resources.unscaled(grams.inner_products(self.ranks.gather(features)), 2)
 
     def few_columns(self) -> None:

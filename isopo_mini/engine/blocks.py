@@ -71,7 +71,7 @@ class BlockGeometry:
         """K of every block. Sketches are shared by all blocks."""
         layer, count = self.whole, len(self.places)
         if layer.is_sketched:
-            parts = [grams.block_products(part, count) for part in layer.sketched_parts()]
+            parts = [grams.block_products(part, count) for part in layer.sketched_parts]
         else:
             parts = [self._exact(part) for part in layer.parameters.values()]
         return layer.resources.unscaled(sum_of(parts), 2)

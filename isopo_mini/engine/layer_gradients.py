@@ -99,15 +99,6 @@ class LayerGradients:
         """Is K an estimate, from projections?"""
         return self.path in SKETCHES
 
-    @property
-    def sketched_size(self) -> int:
-        """Entries of one Ĝ_s, all pieces together, if every bias goes through the projections of its weight."""
-        size = self.resources.sketch_size
-        matrices = [part for part in self._parts if isinstance(part, MatrixGradients)]
-        if not matrices:
-            return sum(part.size for part in self._parts)
-        return sum(min(matrix.rows, size) * (min(matrix.columns, size) + 1) for matrix in matrices)
-
     def gram(self) -> Float[Tensor, "S S"]:
         """K_ss' = ⟨G_s, G_s'⟩, summed over the parameters of the layer."""
         return self.resources.unscaled(self._gram(), 2)
@@ -124,8 +115,8 @@ class LayerGradients:
             formed = [
                 part.form(workspace) if isinstance(part, MatrixGradients) else part.form() for part in self._parts
             ]
-        elif self.path == "signs" and self.sketched_size <= most:
-            formed = self.sketched_parts()
+        elif self.path == "signs" and sum(part[0].numel() for part in self.sketched_parts) <= most:
+            formed = self.sketched_parts
         else:
             return None
         columns = [at_least_float32(gradients.flatten(1)) for gradients in formed]
@@ -135,7 +126,7 @@ class LayerGradients:
         """K as the gradients came."""
         resources = self.resources
         if self.is_sketched:
-            return sum_of([grams.inner_products(part) for part in self.sketched_parts()])
+            return sum_of([grams.inner_products(part) for part in self.sketched_parts])
         matrices = [part for part in self.parameters.values() if isinstance(part, MatrixGradients)]
         vectors = [part for part in self.parameters.values() if isinstance(part, VectorGradients)]
         parts = []
@@ -146,30 +137,28 @@ class LayerGradients:
             parts.append(matrix.gram(path, resources.workspace, bias=bool(biases)))
         return sum_of(parts + [vector.gram() for vector in vectors])
 
+    @cached_property
     def sketched_parts(self) -> list[Float[Tensor, "S ..."]]:
         """Ĝ_s in pieces whose inner products add up to K̂, as the gradients came (not unscaled).
 
         A bias is one more column of its weight, so it goes through the same projections. What is short on both sides
         is what it is.
         """
-        matrices = [part for part in self.parameters.values() if isinstance(part, MatrixGradients)]
-        vectors = [part for part in self.parameters.values() if isinstance(part, VectorGradients)]
+        resources = self.resources
+        vectors = [part for part in self._parts if isinstance(part, VectorGradients)]
         parts = []
-        for matrix in matrices:
+        for matrix in [part for part in self._parts if isinstance(part, MatrixGradients)]:
             like = matrix.rights[0]
-            sketch = self.resources.sketch(matrix.rows, matrix.columns, like)
+            sketch = resources.sketch(matrix.rows, matrix.columns, like)
             if sketch.left is None and sketch.right is None:  # short on both sides: nothing to gain
-                parts.append(matrix.form(self.resources.workspace))
+                parts.append(matrix.form(resources.workspace))
                 continue
-            sketched = matrix.sketched(sketch)  # (S, k, l)
-            for bias in [vector for vector in vectors if vector.form().shape[1] == matrix.rows]:
-                vectors.remove(bias)
-                column = bias.form() if sketch.left is None else project(bias.form(), sketch.left)  # (S, k)
-                if sketch.right is None:
-                    sketched = torch.cat([sketched, column[:, :, None]], dim=2)
-                else:
-                    sketched = torch.addcmul(sketched, column[:, :, None], self.resources.bias_column(like))
-            parts.append(sketched)
+            of_uses = [vector for vector in vectors if sketch.right is not None and matrix.has_bias(vector)][:1]
+            column = resources.bias_column(like) if of_uses else None
+            parts.append(matrix.sketched(sketch, resources.workspace, column))
+            apart = [vector for vector in vectors if vector not in of_uses and vector.size == matrix.rows]
+            parts += [bias.form() if sketch.left is None else project(bias.form(), sketch.left) for bias in apart]
+            vectors = [vector for vector in vectors if vector not in of_uses + apart]
         return parts + [vector.form() for vector in vectors]
 
     def norms(self) -> Float[Tensor, "S"]:

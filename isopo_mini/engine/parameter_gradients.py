@@ -113,12 +113,15 @@ class MatrixGradients:
             and all(factors is None for factors in vector.factors)
         )
 
-    def sketched(self, sketch: grams.Sketch) -> Tensor:
-        """Ĝ_s = P G_s Qᵀ, `(S, k, l)`."""
+    def sketched(
+        self, sketch: grams.Sketch, workspace: Workspace | None = None, bias_column: Tensor | None = None
+    ) -> Tensor:
+        """Ĝ_s = P G_s Qᵀ, `(S, k, l)`; with a column of Q for the bias that of both, see `has_bias`."""
+        workspace = Workspace() if workspace is None else workspace
         pairs = self.pairs
         if sketch.left is None:  # few rows: a one-hot vector is short enough to be written out
             pairs = [(_dense_left(left, self.rows, right), right) for left, right in pairs]
-        return sum_of([grams.sketched_gradients(*pair, sketch) for pair in pairs])
+        return sum_of([grams.sketched_gradients(*pair, sketch, workspace.lend, bias_column) for pair in pairs])
 
     def squared_norms(self) -> Tensor:
         """‖G_s‖², `(S,)`, without the rest of the Gram matrix."""

@@ -1,7 +1,7 @@
 """Where a model keeps its trainable parameters, and the stand-ins that take their places while a block is open."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +24,11 @@ class _Place:
     parameter: nn.Parameter
 
 
-def _places(model: nn.Module) -> list[_Place]:
+def _places(modules: Iterable[tuple[str, nn.Module]]) -> list[_Place]:
     """All places of all trainable parameters, in the order of `model.named_modules()`."""
     return [
         _Place(module, module_name, key, parameter)
-        for module_name, module in model.named_modules()
+        for module_name, module in modules
         for key, parameter in module._parameters.items()
         if parameter is not None and parameter.requires_grad
     ]
@@ -39,7 +39,7 @@ def layer_names(model: nn.Module, layers: str = "separate") -> dict[nn.Parameter
 
     Modules that share a parameter (a tied embedding) are one layer, named after the first of them.
     """
-    return _layers_of(_places(model), layers)
+    return _layers_of(_places(model.named_modules()), layers)
 
 
 def _layers_of(places: list[_Place], layers: str) -> dict[nn.Parameter, str]:
@@ -71,9 +71,10 @@ def stand_ins(model: nn.Module, layers: str, make_layer: Callable[[str], Layer])
             for this model; or FSDP2 gathers it in several parts, and the layers are to be one.
         RuntimeError: there are stand-ins already, or a parameter was replaced inside of the block.
     """
-    places = _places(model)
+    modules = list(model.named_modules())
+    places = _places(modules)
     layer_of = _layers_of(places, layers)
-    full = full_parameters(model)
+    full = full_parameters(model) if any(is_shard(place.parameter) for place in places) else {}
     if layers == "together" and (groups := len(fully_sharded(model))) > 1:
         raise ValueError(
             f"layers: expected 'separate' with {groups} modules that fully_shard was given, got 'together'; FSDP2 "
@@ -107,7 +108,7 @@ def stand_ins(model: nn.Module, layers: str, make_layer: Callable[[str], Layer])
             # parameters(), state_dict() and the optimizer still see the real one.
             module.__dict__[key] = shadows[parameter]
             shadowed.append((module, key, shadows[parameter]))
-        with _nothing_compiled(), weights_in_lists(model):
+        with _nothing_compiled(), weights_in_lists([module for _, module in modules]):
             yield list(shadows.values())
     finally:
         replaced = _remove(shadowed)

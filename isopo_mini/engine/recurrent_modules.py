@@ -1,6 +1,6 @@
 """What modules such as `nn.LSTM` do beside their functions: a list of their weights, and sequences sorted by length."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,16 +10,16 @@ from torch.nn.utils.rnn import PackedSequence
 
 
 @contextmanager
-def weights_in_lists(model: nn.Module) -> Iterator[None]:
-    """While open, the stand-ins may go into the lists in which recurrent modules keep their weights once more.
+def weights_in_lists(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """While open, the stand-ins may go into the lists in which the recurrent ones of the modules keep their weights.
 
     Such a module fills its list when it notices other weights, and on a GPU it then moves them to one piece of memory.
     The parameters must stay where they are, so this is left out. Afterwards the list is what it was.
     """
-    modules = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
-    before = [(module, module._flat_weights, module._flat_weight_refs) for module in modules]
-    hooks = [module.register_forward_pre_hook(_refuse_another_order) for module in modules]
-    for module in modules:
+    recurrent = [module for module in modules if isinstance(module, nn.RNNBase)]
+    before = [(module, module._flat_weights, module._flat_weight_refs) for module in recurrent]
+    hooks = [module.register_forward_pre_hook(_refuse_another_order) for module in recurrent]
+    for module in recurrent:
         module.__dict__["flatten_parameters"] = _do_nothing
     try:
         yield

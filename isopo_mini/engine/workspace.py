@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Workspace:
-    """Memory for the G_s and for weighted factors, used again by every layer.
+    """Memory for the G_s and for factors with weights or signs, used again by every layer.
 
     Fresh pages cost the CPU more than the arithmetic.
     """
@@ -22,12 +22,16 @@ class Workspace:
 
     def take(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Uninitialised memory of the given shape, with the dtype and device of `like`."""
+        taken = self.lend(shape, like)
+        self._used += taken.numel()
+        return taken
+
+    def lend(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """The same, for no longer than until memory is asked for again."""
         if like.device.type != "cpu":  # the allocator of a GPU keeps its memory already
             return torch.empty(shape, dtype=like.dtype, device=like.device)
         end = self._used + math.prod(shape)
         buffer = self._buffers.get(like.dtype)
         if buffer is None or buffer.numel() < end:
             buffer = self._buffers[like.dtype] = torch.empty(end, dtype=like.dtype)
-        taken = buffer[self._used : end].view(shape)
-        self._used = end
-        return taken
+        return buffer[self._used : end].view(shape)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from isopo_mini import checks
 from isopo_mini.geometry.sketches import Sketch as Sketch
-from isopo_mini.geometry.sketches import columns_of, project
+from isopo_mini.geometry.sketches import TakeMemory, columns_of, project
 from isopo_mini.geometry.sketches import draw_projection as draw_projection
 from isopo_mini.geometry.sketches import draw_sketch as draw_sketch
 
@@ -177,15 +177,27 @@ def own_products(
 
 
 def sketched_gradients(
-    left: Float[Tensor, "S T o"] | Int[Tensor, "S T"], right: Float[Tensor, "S T i"], sketch: Sketch
+    left: Float[Tensor, "S T o"] | Int[Tensor, "S T"],
+    right: Float[Tensor, "S T i"],
+    sketch: Sketch,
+    memory: TakeMemory | None = None,
+    bias_column: Float[Tensor, "l"] | None = None,
 ) -> Float[Tensor, "S k l"]:
-    """Ĝ_s = Σ_t (P left_st)(Q right_st)ᵀ. Linear in G_s, so sketches of parts add up when they share P and Q."""
+    """Ĝ_s = Σ_t (P left_st)(Q right_st)ᵀ. Linear in G_s, so sketches of parts add up when they share P and Q.
+
+    Args:
+        memory: see `sketches.project`.
+        bias_column: one more column of Q, for an input 1 at every position: Ĝ_s is then that of weight and bias
+            together. It needs a Q.
+    """
     _check_pair(left, right)
     if sketch.right is not None:
-        right = project(right, sketch.right)
+        right = project(right, sketch.right, memory)
+        if bias_column is not None:
+            right += bias_column
     if left.is_floating_point():
         if sketch.left is not None:
-            left = project(left, sketch.left)
+            left = project(left, sketch.left, memory)
     elif sketch.left is not None:
         left = columns_of(sketch.left, left, right.dtype)
     else:

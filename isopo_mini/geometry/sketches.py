@@ -8,6 +8,7 @@ E⟨Ĝ_s, Ĝ_s'⟩ = ⟨G_s, G_s'⟩. There are two kinds of P:
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,6 @@ from torch import Tensor
 from isopo_mini import checks
 
 KINDS = ("gaussian", "signs")
-# So many blocks are faster added up one by one than multiplied at once, which takes memory as large as the vectors.
-FEW_BLOCKS = 8
 
 
 @dataclass(frozen=True)
@@ -48,20 +47,25 @@ class SignProjection:
 
 
 Projection = Float[Tensor, "_ _"] | SignProjection
+TakeMemory = Callable[[tuple[int, ...], Tensor], Tensor]
 
 
-def project(vectors: Float[Tensor, "... n"], projection: Projection) -> Float[Tensor, "... k"]:
-    """P v for every vector, in the dtype of the vectors."""
+def project(
+    vectors: Float[Tensor, "... n"], projection: Projection, memory: TakeMemory | None = None
+) -> Float[Tensor, "... k"]:
+    """P v for every vector, in the dtype of the vectors.
+
+    Args:
+        memory: where the entries with their signs are written, which are as many as the vectors have: on a CPU, memory
+            that was used before takes half of the time. A function of a shape and of a tensor whose dtype and device it
+            has. Fresh memory if None.
+    """
     if not isinstance(projection, SignProjection):
         return vectors @ projection.to(vectors.dtype).T
     signs = projection.signs.to(vectors.dtype)
     blocks = vectors.unflatten(-1, signs.shape)
-    if len(signs) > FEW_BLOCKS or vectors.dtype.itemsize < 4:  # in half precision `sum` adds up in single
-        return (blocks * signs).sum(dim=-2)
-    total = blocks[..., 0, :] * signs[0]
-    for block in range(1, len(signs)):
-        total = total.addcmul_(blocks[..., block, :], signs[block])
-    return total
+    signed = blocks * signs if memory is None else torch.mul(blocks, signs, out=memory(blocks.shape, blocks))
+    return signed.sum(dim=-2)
 
 
 def columns_of(projection: Projection, indices: Int[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "... k"]:

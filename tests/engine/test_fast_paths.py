@@ -69,6 +69,39 @@ def test_the_estimate_is_that_of_weight_and_bias_as_one_matrix(path: str) -> Non
         torch.testing.assert_close(column.square().sum().item(), 1.0)
 
 
+class TwiceShifted(nn.Module):
+    """A linear layer whose bias is added at every second use of its weight only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2 * WIDTH, WIDTH, dtype=torch.float64) / 5)
+        self.bias = nn.Parameter(torch.zeros(2 * WIDTH, dtype=torch.float64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return nn.functional.linear(inputs, self.weight, self.bias) + nn.functional.linear(inputs.tanh(), self.weight)
+
+
+@pytest.mark.parametrize("case", ["few inputs", "a bias of other uses"])
+def test_a_bias_that_is_no_column_of_its_weight_is_projected_by_itself(case: str) -> None:
+    """K̂ = ⟨P G_s Qᵀ, P G_s' Qᵀ⟩ + ⟨P b_s, P b_s'⟩, with Q = I where an input is no longer than k."""
+    width = 6 if case == "few inputs" else WIDTH
+    policy, watch = model(width), Watch(1)
+    if case != "few inputs":
+        policy[2] = TwiceShifted()
+    tokens, advantages = data()
+    with Isopo(policy, watch, gram="signs", sketch_size=6).microbatch(advantages):
+        policy(tokens).log_softmax(-1)[..., 0].sum().backward()
+    (weight, bias), resources = watch.parameters.values(), watch.resources
+    with torch.no_grad():
+        whole, shift = weight.form(Workspace()), bias.form()
+    sketch = resources.sketch(2 * width, width, whole)
+    left = sketch.left.dense()
+    features = left @ whole if sketch.right is None else left @ whole @ sketch.right.dense().T
+    expected = features.flatten(1) @ features.flatten(1).T + (shift @ left.T) @ (shift @ left.T).T
+    torch.testing.assert_close(watch.gram, expected, rtol=1e-10, atol=1e-10)
+    assert (sketch.right is None) == (case == "few inputs")
+
+
 @pytest.mark.parametrize("transform", [NTK(1.0, scale="natural"), NTK(0.1), FisherNormalized()], ids=str)
 def test_few_sketched_columns_are_as_good_as_their_gram_matrix(
     transform: Transform, columns_taken: list[bool], monkeypatch: pytest.MonkeyPatch
