@@ -56,6 +56,7 @@ INTERNAL = {
     "isopo_mini.engine.layer_gradients",
     "isopo_mini.engine.loss_scale",
     "isopo_mini.engine.microbatch",
+    "isopo_mini.engine.moving_averages",
     "isopo_mini.engine.parameter_gradients",
     "isopo_mini.engine.path_costs",
     "isopo_mini.engine.resources",

@@ -26,9 +26,10 @@ make the result wrong and name it; `verification` compares the whole with autogr
 from isopo_mini.engine.grams_alone import gram_matrices
 from isopo_mini.engine.isopo import Isopo
 from isopo_mini.engine.layer_functions import matrix_product, scale_and_shift, table_lookup
+from isopo_mini.engine.moving_averages import MovingAverages
 from isopo_mini.engine.places import layer_names
 from isopo_mini.engine.stand_in import UnhandledParameterError, register
-from isopo_mini.engine.transforms import NTK, FisherNormalized, LayerScaled, MovingAverages, Transform
+from isopo_mini.engine.transforms import NTK, FisherNormalized, LayerScaled, Transform
 from isopo_mini.engine.verification import verify
 
 __all__ = [

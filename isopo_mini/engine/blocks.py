@@ -12,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from isopo_mini.engine.layer_gradients import LayerGradients
+from isopo_mini.engine.moving_averages import MovingAverages
 from isopo_mini.engine.parameter_gradients import MatrixGradients, VectorGradients, sum_of
 from isopo_mini.engine.resources import Resources
-from isopo_mini.engine.transforms import NTK, MovingAverages, Transform
+from isopo_mini.engine.transforms import NTK, Transform
 from isopo_mini.geometry import gram as grams
 
 Uses = dict[str, MatrixGradients | VectorGradients]

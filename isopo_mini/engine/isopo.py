@@ -28,10 +28,11 @@ from isopo_mini.engine.fallback import MAX_BYTES, Fallback
 from isopo_mini.engine.layer_gradients import LayerGradients
 from isopo_mini.engine.loss_scale import check_loss_scale, grad_scaler_noticed
 from isopo_mini.engine.microbatch import Microbatch, Uses
+from isopo_mini.engine.moving_averages import MovingAverages, end_step_of
 from isopo_mini.engine.places import layer_names
 from isopo_mini.engine.resources import PATHS, Resources
 from isopo_mini.engine.segments import Segments
-from isopo_mini.engine.transforms import MovingAverages, Transform
+from isopo_mini.engine.transforms import Transform
 from isopo_mini.engine.workspace import Workspace
 
 
@@ -190,8 +191,7 @@ class Isopo:
 
     def end_step(self) -> None:
         """Fold this optimizer step's values into the moving averages. Call it after `optimizer.step()`."""
-        for averages in self._averages.values():
-            averages.end_step()
+        end_step_of(self._averages.values())
 
     def noted(self) -> dict[str, dict[str, Tensor]]:
         """What the transform noted since the last `end_step`: by the number's name, then by layer.
@@ -211,7 +211,7 @@ class Isopo:
     def state_dict(self) -> dict[str, Tensor]:
         """The moving averages, as `{"layer/name": value}`, ready for safetensors."""
         return {
-            f"{layer}/{name}": value
+            f"{layer}/{name}": value.clone()
             for layer, averages in self._averages.items()
             for name, value in averages.history.items()
             if value.isfinite()

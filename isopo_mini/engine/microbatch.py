@@ -154,7 +154,9 @@ class _Layer(LayerUses):
         for slot in self.slots:
             gradient = combined.get(slot.name)
             if gradient is not None:
-                gradient = gradient.view_as(slot.parameter).to(slot.parameter.dtype)
+                gradient = gradient.to(slot.parameter.dtype)
+                if gradient.shape != slot.parameter.shape:
+                    gradient = gradient.view_as(slot.parameter)
             for index, part in slot.parts.items():
                 if part.name in combined:
                     gradient = torch.zeros_like(slot.parameter) if gradient is None else gradient
@@ -171,13 +173,14 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: _Layer, *parameters: Tensor) -> Tensor:
         """An empty scalar that carries the dependency."""
+        ctx.set_materialize_grads(False)  # of a gradient that nobody looks at
         ctx.layer = layer
         ctx.passed, ctx.name = False, layer.slots[0].name
         return parameters[0].new_zeros(())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
         """Σ_s c_s G_s for every parameter."""
         if not ctx.layer.is_open:
             raise RuntimeError(

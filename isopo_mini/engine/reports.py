@@ -30,6 +30,8 @@ class Use(NamedTuple):
         """`(S, …, *features)` as `(S, T, d)`: all axes in between are positions."""
         if self.segments is not None:
             return self.segments.by_sequence(tensor, feature_axes)
+        if feature_axes == 1 and tensor.ndim == 3:  # as it is: a view is one call more
+            return tensor
         features = tensor.shape[tensor.ndim - feature_axes :].numel()
         return tensor.reshape(tensor.shape[0], -1, features)
 

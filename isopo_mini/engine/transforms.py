@@ -1,4 +1,4 @@
-"""Which coefficients a layer's gradients get: the two variants of ISOPO, the scale of a layer, and their averages."""
+"""Which coefficients a layer's gradients get: the two variants of ISOPO, and the scale of a layer."""
 
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -9,70 +9,9 @@ from torch import Tensor
 
 from isopo_mini import checks
 from isopo_mini.engine.layer_gradients import LayerGeometry
+from isopo_mini.engine.moving_averages import MovingAverages
 from isopo_mini.geometry import isopo
 from isopo_mini.precision import at_least_float32
-
-
-class MovingAverages:
-    """Exponential moving averages of scalars of one layer, over optimizer steps.
-
-    Within a step every microbatch blends the history with its own value, so their order does not matter;
-    `end_step` then folds the mean over the microbatches into the history. The first step has no history and uses
-    its own values.
-
-    A value that is not finite, of a step that a `GradScaler` or a clipped norm would skip, does not enter the history:
-    the step after it is what it would have been without. None of this waits for a GPU. In `history`, NaN stands for a
-    name that has had no finite value yet.
-    """
-
-    def __init__(self, decay: float = 0.9) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"decay: expected a number in [0, 1), got {decay}")
-        self.decay = decay
-        self.history: dict[str, Tensor] = {}
-        self._pending: dict[str, list[Tensor]] = {}
-        self._noted: dict[str, list[Tensor]] = {}
-
-    def blend(self, name: str, value: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        """decay·history + (1 − decay)·value, for one value a block where there are several."""
-        self._pending.setdefault(name, []).append(value)
-        return self._update(name, value)
-
-    def note(self, name: str, value: Float[Tensor, ""]) -> None:
-        """Keep a number for `noted`; it has no part in any average."""
-        self._noted.setdefault(name, []).append(value)
-
-    def noted(self) -> dict[str, Tensor]:
-        """Mean over the microbatches of what was noted since the last `end_step`, by name."""
-        return {name: torch.stack(values).mean() for name, values in self._noted.items()}
-
-    def end_step(self) -> None:
-        """Fold the values seen since the last call into the history."""
-        self._noted.clear()
-        for name, values in self._pending.items():
-            is_one = len(values) == 1 and values[0].ndim == 0
-            mean = values[0] if is_one else _mean_of_finite(torch.cat([value.reshape(-1) for value in values]))
-            folded = self._update(name, mean)
-            unchanged = self.history[name].to(folded) if name in self.history else torch.nan
-            self.history[name] = torch.where(folded.isfinite(), folded, unchanged)
-        self._pending.clear()
-
-    def forget_pending(self) -> None:
-        """Drop the values of a step that was abandoned."""
-        self._pending.clear()
-        self._noted.clear()
-
-    def _update(self, name: str, value: Tensor) -> Tensor:
-        if name not in self.history:
-            return value
-        history = self.history[name].to(value)
-        return torch.where(history == history, torch.lerp(value, history, self.decay), value)  # NaN is not itself
-
-
-def _mean_of_finite(values: Float[Tensor, "N"]) -> Float[Tensor, ""]:
-    """The mean without the numbers that are not finite; NaN if there are no others."""
-    finite = values.isfinite()
-    return torch.where(finite, values, 0.0).sum() / finite.sum()
 
 
 @runtime_checkable

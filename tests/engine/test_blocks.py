@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from isopo_mini.engine import NTK, FisherNormalized, Isopo, LayerScaled
 from isopo_mini.engine.layer_gradients import LayerGeometry
-from isopo_mini.engine.transforms import MovingAverages
+from isopo_mini.engine.moving_averages import MovingAverages
 from isopo_mini.geometry.isopo import ntk_coefficients
 from isopo_mini.policies.transformer import CausalTransformer
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from isopo_mini.engine import Isopo
-from isopo_mini.engine.transforms import NTK, FisherNormalized, MovingAverages, Transform
+from isopo_mini.engine.moving_averages import MovingAverages, end_step_of
+from isopo_mini.engine.transforms import NTK, FisherNormalized, Transform
 
 DECAY = 0.8
 SEQUENCES, POSITIONS = 4, 3
@@ -87,6 +88,33 @@ class TestMovingAverages:
         averages.end_step()
         torch.testing.assert_close(averages.history["norm"], number(4.0))
         assert not averages.blend("norm", number(bad)).isfinite(), "the bad microbatch itself is not made to look good"
+
+    def test_many_at_once_are_each_by_itself(self) -> None:
+        """Of other decays, dtypes and names; with and without a history; with a number that is not finite."""
+
+        def made() -> list[MovingAverages]:
+            averages = [MovingAverages(DECAY), MovingAverages(DECAY), MovingAverages(0.5), MovingAverages(DECAY)]
+            averages[0].history["norm"] = number(2.0)
+            averages[2].history["norm"] = number(float("nan"))
+            for index, each in enumerate(averages[:3]):
+                each.blend("norm", number(index + 1.0))
+                each.blend("overlap", torch.tensor(10.0 * index))  # single precision
+            averages[1].blend("norm", number(float("inf")))
+            averages[1].blend("size", number(float("nan")))
+            return averages
+
+        together, alone = made(), made()
+        end_step_of(together)
+        for each in alone:
+            each.end_step()
+        kept = [each.history for each in together]
+        torch.testing.assert_close(kept, [each.history for each in alone], rtol=0, atol=0, equal_nan=True)
+        expected = {"norm": number(0.8 * 2.0 + 0.2 * 1.0), "overlap": torch.tensor(0.0)}
+        torch.testing.assert_close(kept[0], expected)
+        assert kept[1]["norm"] == 2.0, "the infinite microbatch is left out"
+        assert kept[1]["size"].isnan()
+        assert kept[2]["norm"] == 3.0
+        assert kept[3] == {}
 
     def test_without_decay_there_is_no_memory(self) -> None:
         averages = MovingAverages(0.0)
