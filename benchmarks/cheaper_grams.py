@@ -29,7 +29,7 @@ from isopo_mini.experiments.provenance import provenance, write_table
 from isopo_mini.experiments.setups import setup_of
 from isopo_mini.geometry import gram as grams
 from isopo_mini.geometry.isopo import mean_eigenvalue, over_scale
-from isopo_mini.geometry.ntk_solvers import solve_ntk, solve_ntk_in_single
+from isopo_mini.geometry.ntk_solvers import iterations_for, solve_ntk, solve_ntk_by_products, solve_ntk_in_single
 
 SIZE = 32  # of every projection or choice that has one
 DRAWS = 4
@@ -118,18 +118,10 @@ def direct(rows: Tensor, advantages: Tensor, ratio: float) -> tuple[Tensor, Tens
     return solver(gram, advantages, damping), damping
 
 
-def conjugate_gradients(rows: Tensor, advantages: Tensor, ratio: float, iterations: int = 16) -> tuple[Tensor, Tensor]:
-    """The same from a fixed number of products with G, without K: `solve_cg` looks at every residual, which waits."""
-    damping = ratio * rows.square().sum() / len(rows)
-    c, residual = torch.zeros_like(advantages), advantages.clone()
-    direction, square = residual.clone(), residual @ residual
-    for _ in range(iterations):
-        product = direction + rows @ (direction @ rows) / damping
-        length = square / (direction @ product)
-        c, residual = c + length * direction, residual - length * product
-        square, before = residual @ residual, square
-        direction = residual + square / before * direction
-    return c, damping
+def products(rows: Tensor, advantages: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    """The same without K, by as many products with G as the engine would take."""
+    damping = ratio * torch.linalg.vector_norm(rows, dim=1).square().mean()
+    return solve_ntk_by_products(rows, advantages, damping, iterations_for(ratio, len(rows))), damping
 
 
 @dataclass
@@ -163,7 +155,7 @@ WAYS: dict[str, dict] = {
     "32 random rows": {"features": some_rows},
     "half of the tokens": {"features": some_tokens},
     "products of bfloat16": {"features": in_bfloat16},
-    "signs, k = 32, 16 conjugate gradients": {"features": projected("signs"), "solve": conjugate_gradients},
+    "signs, k = 32, c by products": {"features": projected("signs"), "solve": products},
     "c of the last layer for all": {"features": every_gradient, "from_first": True},
 }
 

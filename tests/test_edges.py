@@ -20,7 +20,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from isopo_mini.geometry import fisher, gram, isopo, natural_gradient, sketches
-from isopo_mini.geometry.ntk_solvers import in_precision_of, solve_ntk_in_single
+from isopo_mini.geometry.ntk_solvers import (
+    in_precision_of,
+    iterations_for,
+    solve_ntk_by_products,
+    solve_ntk_in_single,
+)
 from isopo_mini.objectives import advantages, aggregation, kl, losses, values
 from isopo_mini.policies import TabularSoftmax, softmax_fisher
 from isopo_mini.tasks import Bandit, ContextualBandit, Episodes
@@ -217,6 +222,12 @@ def by_columns(draw: Draw) -> Tensor:
     return isopo.solve_ntk_by_columns(columns, draw.whole(len(columns)).to(columns.dtype), damping)
 
 
+def by_products(draw: Draw) -> Tensor:
+    rows = draw.scores()
+    damping = 0.1 * rows.double().square().sum() / len(rows)
+    return solve_ntk_by_products(rows, draw.whole(len(rows)).to(rows.dtype), damping, len(rows))
+
+
 def factors(draw: Draw) -> tuple[Tensor, Tensor]:
     """Left and right factors of gradients. What a Gram matrix may be too large for is the engine's to report."""
     draw.unit = min(draw.unit, torch.finfo(draw.dtype).max ** 0.5 / 256)
@@ -320,6 +331,10 @@ ENTRIES: dict[str, list[Entry]] = {
     "geometry.ntk_solvers.solver_for": [Entry(lambda d: ntk(isopo.solver_for(0.1, d.gram()), d))],
     "geometry.ntk_solvers.solve_ntk_by_eigenvalues": [Entry(lambda d: ntk(isopo.solve_ntk_by_eigenvalues, d))],
     "geometry.ntk_solvers.solve_ntk_by_columns": [Entry(by_columns)],
+    "geometry.ntk_solvers.solve_ntk_by_products": [Entry(by_products)],
+    "geometry.ntk_solvers.iterations_for": [
+        Entry(lambda d: [float(iterations_for(ratio, len(d.gram()))) for ratio in (1e-3, 1e3)])
+    ],
     "geometry.ntk_solvers.over_scale": [
         Entry(lambda d: isopo.over_scale(d.numbers(4).float(), torch.tensor(float(d.unit)))),
         Entry(lambda d: isopo.over_scale(d.numbers(4).float(), torch.tensor(0.0))),

@@ -83,6 +83,10 @@ class GatheredGradients:
         """None: sketches are what is gathered."""
         return None
 
+    def rows_for_products(self, iterations: int) -> None:
+        """None: a process group is for sketches by their own names."""
+        return None
+
     def norms(self) -> Float[Tensor, "S"]:
         """‖G_s‖ of all sequences."""
         return self.ranks.gather(self.local.norms())

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from isopo_mini.engine.parameter_gradients import MatrixGradients, VectorGradients, squared_lengths, sum_of
-from isopo_mini.engine.path_costs import exact_cost, sketched_cost
+from isopo_mini.engine.path_costs import exact_cost, products_pay, sketched_cost
 from isopo_mini.engine.resources import SKETCHES, Resources
 from isopo_mini.geometry import gram as grams
 from isopo_mini.geometry.sketches import project
@@ -38,6 +38,10 @@ class LayerGeometry(Protocol):
 
     def few_columns(self) -> Float[Tensor, "S P"] | None:
         """G, one row a sequence, where GᵀG is cheaper than K; else None."""
+        ...
+
+    def rows_for_products(self, iterations: int) -> Float[Tensor, "S P"] | None:
+        """G, one row a sequence, where so many products with G and Gᵀ may take the place of K, and are faster."""
         ...
 
     def norms(self) -> Float[Tensor, "S"]:
@@ -109,18 +113,37 @@ class LayerGradients:
         GᵀG is then the smaller matrix and says all that K = GGᵀ says. Sketches of random signs are taken for G where
         they are asked for and short enough. Not where Gaussian ones or products of positions were asked for by name.
         """
-        workspace = self.resources.workspace
         most = self.num_sequences // 2
         if self.resources.path in ("auto", "dense", "fast") and sum(part.size for part in self._parts) <= most:
-            formed = [
-                part.form(workspace) if isinstance(part, MatrixGradients) else part.form() for part in self._parts
-            ]
+            formed = self._formed()
         elif self.path == "signs" and sum(part[0].numel() for part in self.sketched_parts) <= most:
             formed = self.sketched_parts
         else:
             return None
-        columns = [at_least_float32(gradients.flatten(1)) for gradients in formed]
-        return self.resources.unscaled(columns[0] if len(columns) == 1 else torch.cat(columns, dim=1), 1)
+        return self._side_by_side(formed)
+
+    def rows_for_products(self, iterations: int) -> Float[Tensor, "S P"] | None:
+        """See `LayerGeometry`: of whatever K would be made of. Only under `"fast"`, which promises no exact c."""
+        if self.resources.path != "fast":
+            return None
+        if self.is_sketched:
+            parts = self.sketched_parts
+        elif all(isinstance(part, VectorGradients) or self.path_of(part) == "dense" for part in self._parts):
+            parts = self._formed()
+        else:
+            return None
+        columns = sum(part[0].numel() for part in parts)
+        return self._side_by_side(parts) if products_pay(self.num_sequences, columns, iterations) else None
+
+    def _formed(self) -> list[Float[Tensor, "S ..."]]:
+        """The G_s of every parameter."""
+        workspace = self.resources.workspace
+        return [part.form(workspace) if isinstance(part, MatrixGradients) else part.form() for part in self._parts]
+
+    def _side_by_side(self, parts: list[Float[Tensor, "S ..."]]) -> Float[Tensor, "S P"]:
+        """One row a sequence, as for a loss that is not scaled."""
+        rows = [at_least_float32(part.flatten(1)) for part in parts]
+        return self.resources.unscaled(rows[0] if len(rows) == 1 else torch.cat(rows, dim=1), 1)
 
     def _gram(self) -> Float[Tensor, "S S"]:
         """K as the gradients came."""

@@ -8,6 +8,9 @@ from isopo_mini.geometry import gram as grams
 # as long as so many multiplications each, once they no longer fit into a cache.
 MOVED = 40
 CACHE = 2**22  # bytes
+# Reading an entry of a matrix for its product with a vector, when it is in a cache, takes as long as so many
+# multiplications of a product of matrices.
+READ = 10
 
 
 @dataclass(frozen=True)
@@ -55,3 +58,8 @@ def sketched_cost(sizes: Sizes, size: int) -> int:
     read = sum(length for length in (sizes.rows, sizes.columns) if length > size) * tokens * MOVED // 3
     kept = min(sizes.rows, size) * min(sizes.columns, size)
     return read + tokens * kept + sizes.sequences**2 * kept
+
+
+def products_pay(sequences: int, columns: int, iterations: int) -> bool:
+    """Do so many products with the rows of all sequences, and with their transpose, take less than K and its factor?"""
+    return 2 * READ * iterations * sequences * columns < sequences**2 * columns + sequences**3

@@ -1,6 +1,8 @@
 """Which coefficients a layer's gradients get: the two variants of ISOPO, and the scale of a layer."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from isopo_mini import checks
 from isopo_mini.engine.layer_gradients import LayerGeometry
 from isopo_mini.engine.moving_averages import MovingAverages
-from isopo_mini.geometry import isopo
+from isopo_mini.geometry import isopo, ntk_solvers
 from isopo_mini.precision import at_least_float32
 
 
@@ -67,24 +69,36 @@ class NTK:
         self, layer: LayerGeometry, advantages: Float[Tensor, "S"], averages: MovingAverages
     ) -> Float[Tensor, "S"]:
         """See the class."""
-        columns = layer.few_columns()
-        if columns is not None and isopo.is_above_rounding(self.damping, columns):
-            eigenvalue = columns.double().square().sum() / len(columns)
-            damping = self.damping * averages.blend("eigenvalue", eigenvalue.to(columns.dtype))
-            single = isopo.single_precision_suffices(self.damping, columns)
-            coefficients = isopo.solve_ntk_by_columns(columns, advantages, damping, single)
-        else:
+        rows, solve = self._rows_and_solver(layer, len(advantages))
+        if rows is None:
             gram = layer.gram()
             damping = self.damping * averages.blend("eigenvalue", isopo.mean_eigenvalue(gram))
             coefficients = isopo.solver_for(self.damping, gram)(gram, advantages, damping)
+        else:
+            row_norms = torch.linalg.vector_norm(rows, dim=1)
+            eigenvalue = row_norms.double().square().mean()
+            damping = self.damping * averages.blend("eigenvalue", eigenvalue.to(rows.dtype))
+            coefficients = solve(rows, advantages, damping)
         if self.spectra:
-            if columns is not None:
-                gram = columns.double().mT @ columns.double()  # GᵀG has the eigenvalues of GGᵀ, but for zeros
+            if rows is not None:
+                gram = rows.double().mT @ rows.double()  # GᵀG has the eigenvalues of GGᵀ, but for zeros
             self._note_spectrum(gram, damping, averages)
         if self.scale == "gradient":
             return coefficients
-        norms = _norms_of(gram) if columns is None else torch.linalg.vector_norm(columns, dim=1)
-        return isopo.over_scale(_unless_all_rounding(coefficients, layer, norms, columns is None), damping)
+        norms = _norms_of(gram) if rows is None else row_norms
+        return isopo.over_scale(_unless_all_rounding(coefficients, layer, norms, rows is None), damping)
+
+    def _rows_and_solver(
+        self, layer: LayerGeometry, sequences: int
+    ) -> tuple[Float[Tensor, "S P"] | None, Callable[..., Tensor]]:
+        """G, one row a sequence, and how c is found from it; None where K has to be formed."""
+        columns = layer.few_columns()
+        if columns is not None and isopo.is_above_rounding(self.damping, columns):
+            single = isopo.single_precision_suffices(self.damping, columns)
+            return columns, partial(isopo.solve_ntk_by_columns, single=single)
+        iterations = ntk_solvers.iterations_for(self.damping, sequences)
+        rows = None if self.spectra else layer.rows_for_products(iterations)
+        return rows, partial(ntk_solvers.solve_ntk_by_products, iterations=iterations)
 
     def coefficients_of_blocks(
         self, layer: "GeometryOfBlocks", advantages: Float[Tensor, "S"], averages: MovingAverages

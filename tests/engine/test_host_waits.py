@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from isopo_mini.engine import NTK, FisherNormalized, Isopo, LayerScaled, Transform
+from isopo_mini.engine import NTK, FisherNormalized, Isopo, LayerScaled, Transform, layer_gradients
 from isopo_mini.policies import CausalTransformer
 
 ASKS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "_unique2", "is_nonzero", "item"}
@@ -72,6 +72,11 @@ def test_a_step_asks_only_whether_the_advantages_are_finite(transform: Transform
 @pytest.mark.parametrize("layers", ["separate", "together"])
 def test_nor_do_many_sequences_or_one_layer(layers: str) -> None:
     assert asked_by(NTK(1.0, scale="natural"), "fast", sequences=300, layers=layers) == ["_local_scalar_dense"]
+
+
+def test_nor_do_products_in_place_of_gram_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_gradients, "products_pay", lambda *_: True)
+    assert asked_by(NTK(1.0), "fast") == ["_local_scalar_dense"]
 
 
 @pytest.mark.parametrize("block_size", [2, 4])  # blocks of one size, and a shorter one at the end
