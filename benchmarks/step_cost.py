@@ -26,7 +26,7 @@ from isopo_mini.policies.pretrained import load_smollm2
 
 VOCABULARY = 16
 # sequences, positions, width, layers
-CPU_SETTINGS = [(8, 256, 256, 4), (32, 64, 256, 4), (64, 24, 128, 4), (256, 9, 64, 2)]
+CPU_SETTINGS = [(8, 256, 256, 4), (32, 64, 256, 4), (64, 24, 128, 4), (256, 9, 64, 2), (1024, 9, 64, 2)]
 LANGUAGE_SETTING = (8, 64)  # sequences, positions
 GPU_SETTINGS = [*CPU_SETTINGS, (8, 1024, 1024, 4), (32, 256, 1024, 4), (64, 256, 512, 4), (256, 32, 512, 4)]
 

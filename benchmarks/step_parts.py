@@ -18,7 +18,7 @@ from statistics import median
 import pandas as pd
 import torch
 from step_cost import CPU_SETTINGS, VOCABULARY
-from timing import rounds_of
+from timing import ratio, rounds_of
 from torch import Tensor
 
 from isopo_mini.engine import NTK, Isopo, MovingAverages, Transform
@@ -89,11 +89,10 @@ def parts_of(setting: tuple[int, int, int, int], rounds: int) -> dict[str, float
     calls = median(b - a for a, b in zip(few["REINFORCE"], few["c"], strict=True)) / median(reference)
     row: dict[str, float] = {"S": sequences, "T": positions, "d": width, "layers": layers}
     row["REINFORCE (ms)"] = round(1e3 * median(reference), 2)
+    ratios = {name: ratio(seconds, name, "REINFORCE") for name in seconds}
     for before, part in zip(("REINFORCE", *PARTS), PARTS, strict=False):
-        times = zip(seconds[before], seconds[part], reference, strict=True)
-        row[part] = round(median((b - a) / unit for a, b, unit in times), 3)
-    row["all"] = round(median(whole / unit - 1 for whole, unit in zip(seconds["c"], reference, strict=True)), 3)
-    return row | {"calls": round(calls, 3)}
+        row[part] = round(ratios[part] - ratios[before], 3)
+    return row | {"all": round(ratios[PARTS[-1]] - 1.0, 3), "calls": round(calls, 3)}
 
 
 def main() -> None:
@@ -105,7 +104,7 @@ def main() -> None:
     table = pd.DataFrame([parts_of(setting, options.rounds) for setting in CPU_SETTINGS])
     print(table.to_string(index=False))
     if options.out:
-        made = provenance(torch.device("cpu"), rounds=options.rounds, statistic="median difference a round")
+        made = provenance(torch.device("cpu"), rounds=options.rounds, statistic="differences of median ratios a round")
         write_table(options.out, table, made)
 
 

@@ -98,3 +98,12 @@ def test_wrong_numbers_are_warnings(tmp_path: Path) -> None:
     assert "expected tables 1, 2, 3 …, got [2]" in warnings
     assert "figure-1 stands twice on this page" in warnings
     assert "there is no table 7 on 01_a" in warnings
+
+
+def test_a_draft_looks_for_no_table_of_a_chapter_that_it_does_without(tmp_path: Path) -> None:
+    """`make draft` builds one page. What it says of another chapter's Table 7 is not about a table of its own."""
+    page = "# Two\n\n**Table 1.** See Table 7 of [chapter 1](01_a.md), and Table 1.\n"
+    _, links, warnings = build(tmp_path, **{"02_b": page})
+    assert "there is no" not in warnings
+    assert ("#table-1", "Table 1") in links
+    assert not any("Table 7" in link for link in links)

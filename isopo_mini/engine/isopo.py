@@ -47,7 +47,7 @@ class Isopo:
             takes less time, by the multiplications and the memory it goes through. As an estimate: `"sketched"`, from
             Gaussian projections, or `"signs"`, from sums with random signs, faster and closer; see
             `geometry.sketches`. `"fast"`: as with `"auto"`, but by `"signs"` where that takes less than half the time;
-            and for many sequences the NTK's c without K, from a few products with G, to 2 to 4 % of its length.
+            and for many sequences the NTK's c without K, from a few products with G, to some 2 to 5 % of its length.
         gram_bytes: with `"auto"`, what all the G_s of a weight may take together; where they would take more, the path
             is `"ghost"`. None: as much as they need.
         sketch_size: k of the estimates.
@@ -126,6 +126,7 @@ class Isopo:
 
         Args:
             advantages: A, one a sequence. The step is linear in them: pass A/S for a mean over sequences.
+                (Where `"fast"` forms no K it only scales with them.)
             mask: the positions that the token-sampled Fisher norm may draw; all positions when None.
             segments: for packed sequences, several in a row: the sequence of every token, from 0 to S − 1 or negative
                 for padding that has no part in the loss. It has the shape of the tokens, `(1, N)` or `(R, T)`. No layer

@@ -14,7 +14,7 @@ from isopo_mini.precision import at_least_float32
 
 # From how many sequences on a factor in single precision is faster than one in double, and how far it may be off.
 MANY, SINGLE_ERROR = 128, 1e-4
-# Iterations of `solve_ntk_by_products` for every (S/ρ)^⅓: they leave c off by 2 to 4 % of its length (sketches of three
+# Iterations of `solve_ntk_by_products` for every (S/ρ)^⅓: they leave c off by 2 to 5 % of its length (sketches of three
 # tasks, S = 256 and 1,024, ρ from 0.1 to 10). Twice as many leave 0.3 % or less.
 ITERATIONS = 1.25
 
