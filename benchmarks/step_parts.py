@@ -3,10 +3,10 @@
     python benchmarks/step_parts.py [--rounds 15] [--out results/step_parts.csv]
 
 The step of `gram="fast"` is taken apart by leaving out its end. *Without K* every c is A: what is left is the engine,
-which sees every use of a parameter and multiplies by c. *Sketches* are those of all layers that have some, and K itself
-of the others. *c* is what comes after that: inner products and equations, or products in their place. What a part takes
-is the difference to the step before it, in units of REINFORCE's step. The *calls* are the excess of the whole step on
-two sequences of one position, where there is next to nothing to compute, in the same units; all parts share them.
+which sees every use of a parameter and multiplies by c. *Sketches* is what c is found from: those, or G, or K where it
+is made of neither. *c* is the rest: inner products and equations, or products in their place. What a part takes is the
+difference to the step before it, in units of REINFORCE's step. The *calls* are the excess of the whole step on two
+sequences of one position, where there is next to nothing to compute, in the same units; all parts share them.
 """
 
 import argparse
@@ -24,9 +24,11 @@ from torch import Tensor
 from isopo_mini.engine import NTK, Isopo, MovingAverages, Transform
 from isopo_mini.engine.layer_gradients import LayerGradients
 from isopo_mini.experiments.provenance import provenance, write_table
+from isopo_mini.geometry.ntk_solvers import iterations_for
 from isopo_mini.policies import CausalTransformer
 
 FEWEST = (2, 1)  # sequences and positions of the step that is nothing but calls
+RATIO = 1.0  # ρ
 PARTS = ("without K", "sketches", "c")
 
 
@@ -41,7 +43,8 @@ class UpTo:
         if self.part == "sketches" and layer.is_sketched:
             _ = layer.sketched_parts
         elif self.part == "sketches" and layer.few_columns() is None:
-            layer.gram()
+            iterations = iterations_for(RATIO, len(advantages))
+            _ = layer.gram() if layer.rows_for_products(iterations) is None else None
         return advantages
 
 
@@ -75,7 +78,7 @@ def steps(sequences: int, positions: int, width: int, layers: int) -> dict[str, 
         "REINFORCE": reinforce,
         "without K": isopo(UpTo("without K")),
         "sketches": isopo(UpTo("sketches")),
-        "c": isopo(NTK(1.0)),
+        "c": isopo(NTK(RATIO)),
     }
 
 

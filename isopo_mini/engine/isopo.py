@@ -47,7 +47,7 @@ class Isopo:
             takes less time, by the multiplications and the memory it goes through. As an estimate: `"sketched"`, from
             Gaussian projections, or `"signs"`, from sums with random signs, faster and closer; see
             `geometry.sketches`. `"fast"`: as with `"auto"`, but by `"signs"` where that takes less than half the time;
-            and for many sequences the NTK's c without K, from a few products with G, to some 2 to 5 % of its length.
+            and for many sequences the NTK's c without K, from some products with G, to about 1 % of its length.
         gram_bytes: with `"auto"`, what all the G_s of a weight may take together; where they would take more, the path
             is `"ghost"`. None: as much as they need.
         sketch_size: k of the estimates.

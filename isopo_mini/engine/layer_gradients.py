@@ -168,20 +168,24 @@ class LayerGradients:
         is what it is.
         """
         resources = self.resources
+        matrices = [part for part in self._parts if isinstance(part, MatrixGradients)]
         vectors = [part for part in self._parts if isinstance(part, VectorGradients)]
-        parts = []
-        for matrix in [part for part in self._parts if isinstance(part, MatrixGradients)]:
+        parts, apart = [], []
+        for matrix in matrices:
             like = matrix.rights[0]
             sketch = resources.sketch(matrix.rows, matrix.columns, like)
             if sketch.left is None and sketch.right is None:  # short on both sides: nothing to gain
                 parts.append(matrix.form(resources.workspace))
                 continue
             of_uses = [vector for vector in vectors if sketch.right is not None and matrix.has_bias(vector)][:1]
+            vectors = [vector for vector in vectors if vector not in of_uses]
             column = resources.bias_column(like) if of_uses else None
             parts.append(matrix.sketched(sketch, resources.workspace, column))
-            apart = [vector for vector in vectors if vector not in of_uses and vector.size == matrix.rows]
-            parts += [bias.form() if sketch.left is None else project(bias.form(), sketch.left) for bias in apart]
-            vectors = [vector for vector in vectors if vector not in of_uses + apart]
+            apart.append((matrix.rows, sketch.left))
+        for rows, left in apart:  # a vector as long as a weight's other biases goes through their projection
+            alike = [vector for vector in vectors if vector.size == rows]
+            parts += [vector.form() if left is None else project(vector.form(), left) for vector in alike]
+            vectors = [vector for vector in vectors if vector.size != rows]
         return parts + [vector.form() for vector in vectors]
 
     def norms(self) -> Float[Tensor, "S"]:

@@ -9,7 +9,7 @@ from torch import Tensor
 class Workspace:
     """Memory for the G_s and for factors with weights or signs, used again by every layer.
 
-    Fresh pages cost the CPU more than the arithmetic.
+    Fresh pages cost the CPU more than the arithmetic. It keeps as much as the largest layer took.
     """
 
     def __init__(self) -> None:

@@ -147,6 +147,7 @@ class LayerwiseIsopo:
             microbatches of this size in one pass, faster and in more memory.
         gram: how Gram matrices are made, see `engine.Isopo`. The default estimates them where that is much faster;
             `"auto"` is exact everywhere, and is what a specification of `rule_specs` means unless it says otherwise.
+            For many sequences the default finds the NTK's c without K, to about 1 % of its length.
         sketch_size: k of the estimates.
         layers: `"separate"`, or `"together"` for one set of coefficients for the whole policy.
         seed: of sketches and sampled tokens.

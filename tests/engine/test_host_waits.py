@@ -75,8 +75,17 @@ def test_nor_do_many_sequences_or_one_layer(layers: str) -> None:
 
 
 def test_nor_do_products_in_place_of_gram_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_gradients, "products_pay", lambda *_: True)
-    assert asked_by(NTK(1.0), "fast") == ["_local_scalar_dense"]
+    paths = []
+
+    def pay(*_: int) -> bool:
+        paths.append(path)
+        return True
+
+    monkeypatch.setattr(layer_gradients, "products_pay", pay)
+    for path in ("fast", "signs"):  # by its own name the latter would form K
+        monkeypatch.setattr(layer_gradients.LayerGradients, "path", "auto" if path == "fast" else path)
+        assert asked_by(NTK(1.0), "fast") == ["_local_scalar_dense"]
+    assert set(paths) == {"fast", "signs"}
 
 
 @pytest.mark.parametrize("block_size", [2, 4])  # blocks of one size, and a shorter one at the end

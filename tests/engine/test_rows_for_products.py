@@ -11,7 +11,7 @@ from isopo_mini.engine.layer_gradients import LayerGradients
 from isopo_mini.engine.path_costs import products_pay
 from isopo_mini.geometry import isopo, ntk_solvers
 
-S, T = 160, 3
+S, T = 300, 3
 
 
 def problem(sequences: int, columns: int, decay: float, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -36,18 +36,18 @@ def test_enough_products_are_the_solution() -> None:
 @pytest.mark.parametrize("ratio", [0.1, 1.0, 10.0])
 @pytest.mark.parametrize("sequences", [128, 512])
 def test_the_promised_number_of_products_leaves_little_of_the_error(sequences: int, ratio: float, decay: float) -> None:
-    """For many equal eigenvalues as for a few that hold all, c is off by no more than a fifteenth."""
+    """For many equal eigenvalues as for a few that hold all, c is off by no more than a hundredth."""
     rows, advantages = problem(sequences, 1024, decay)
     damping = ratio * isopo.mean_eigenvalue(rows @ rows.T)
     exact = isopo.solve_ntk(rows @ rows.T, advantages, damping)
     iterations = ntk_solvers.iterations_for(ratio, sequences)
     found = ntk_solvers.solve_ntk_by_products(rows, advantages, damping, iterations)
-    assert ((found - exact).norm() / exact.norm()).item() < 1 / 15
+    assert ((found - exact).norm() / exact.norm()).item() < 1 / 100
 
 
 def test_the_number_of_products_is_a_cube_root() -> None:
     counts = [ntk_solvers.iterations_for(ratio, 256) for ratio in (256.0, 4.0, 1.0, 0.1, 1e-3)]
-    assert counts == [2, 5, 8, 18, 80]
+    assert counts == [2, 8, 13, 28, 127]
     assert ntk_solvers.iterations_for(1.0, 1000) == math.ceil(10 * ntk_solvers.ITERATIONS)
 
 
@@ -67,10 +67,15 @@ def test_nothing_comes_of_nothing() -> None:
     assert ntk_solvers.solve_ntk_by_products(rows, torch.zeros(6), torch.tensor(1.0), 5).tolist() == [0.0] * 6
     found = ntk_solvers.solve_ntk_by_products(rows[:1].expand(6, 20), advantages, torch.tensor(1e-3), 20)
     assert found.isfinite().all(), "of one direction the second product finds nothing more"
+    small = 1e-24 * rows  # whose squares are nothing in single precision
+    underflown = small.square().sum()
+    assert underflown == 0
+    torch.testing.assert_close(ntk_solvers.solve_ntk_by_products(small, advantages, underflown, 5), advantages)
+    assert ntk_solvers.iterations_for(1e-310, 256) > 10**4, "a damping next to nothing is no overflow"
 
 
 def test_many_sequences_and_few_products_pay() -> None:
-    assert products_pay(256, 1024, 8)
+    assert products_pay(256, 1024, ntk_solvers.iterations_for(1.0, 256))
     assert not products_pay(64, 1024, ntk_solvers.iterations_for(1.0, 64))
     assert not products_pay(256, 1024, ntk_solvers.iterations_for(0.01, 256))
     assert products_pay(2048, 1024, ntk_solvers.iterations_for(0.01, 2048))
@@ -98,7 +103,13 @@ def step(gram: str, transform: NTK, sequences: int = S, positions: int = T, **op
 
 
 @pytest.fixture
-def products(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+def paths() -> list[str]:
+    """How K would have been made in the layers that gave rows in its place."""
+    return []
+
+
+@pytest.fixture
+def products(paths: list[str], monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For every layer that was asked, last layer first, whether it gave rows in place of K."""
     taken: list[bool] = []
     actual = LayerGradients.rows_for_products
@@ -106,6 +117,8 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     def watched(self: LayerGradients, iterations: int) -> Tensor | None:
         rows = actual(self, iterations)
         taken.append(rows is not None)
+        if rows is not None:
+            paths.append(self.path)
         return rows
 
     monkeypatch.setattr(LayerGradients, "rows_for_products", watched)
@@ -115,15 +128,16 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @pytest.mark.parametrize("positions", [T, 40], ids=["sketches", "all G_s"])
 @pytest.mark.parametrize("scale", ["gradient", "natural"])
 def test_fast_is_near_what_it_replaces(
-    scale: str, positions: int, products: list[bool], monkeypatch: pytest.MonkeyPatch
+    scale: str, positions: int, products: list[bool], paths: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     by_products = step("fast", NTK(1.0, scale=scale), positions=positions)
     assert any(products)
+    assert ("signs" if positions == T else "auto") in paths
     monkeypatch.setattr(LayerGradients, "rows_for_products", lambda self, iterations: None)
     by_gram = step("fast", NTK(1.0, scale=scale), positions=positions)
     for name, expected in by_gram.items():
         off = ((by_products[name] - expected).norm() / expected.norm()).item()
-        assert off < 0.1, (name, off)
+        assert off < 0.05, (name, off)
     assert any(not torch.equal(by_products[name], by_gram[name]) for name in by_gram)
 
 
