@@ -10,7 +10,7 @@ MOVED = 40
 CACHE = 2**22  # bytes
 # Reading an entry of a matrix for its product with a vector, when it is in a cache, takes as long as so many
 # multiplications of a product of matrices.
-READ = 10
+READ = 13
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ surrogates, and five of every rule or of most:
   Not of TRPO, whose step size is such a δ anyway.
 
 Records are filed under specifications, so what one means never changes, though a class's default may: `"ntk"` has exact
-Gram matrices, as it had when the book's records were made, and `"ntk:gram=fast"` is what `NtkIsopo()` does.
+Gram matrices, as it had when the book's records were made, and `"ntk:gram=fast"` is what `NtkIsopo()` does. Only an
+estimate may be made in another way.
 """
 
 import inspect

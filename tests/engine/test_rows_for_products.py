@@ -75,7 +75,8 @@ def test_nothing_comes_of_nothing() -> None:
 
 
 def test_many_sequences_and_few_products_pay() -> None:
-    assert products_pay(256, 1024, ntk_solvers.iterations_for(1.0, 256))
+    assert products_pay(512, 1024, ntk_solvers.iterations_for(1.0, 512))
+    assert not products_pay(256, 1024, ntk_solvers.iterations_for(1.0, 256))
     assert not products_pay(64, 1024, ntk_solvers.iterations_for(1.0, 64))
     assert not products_pay(256, 1024, ntk_solvers.iterations_for(0.01, 256))
     assert products_pay(2048, 1024, ntk_solvers.iterations_for(0.01, 2048))
