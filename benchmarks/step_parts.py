@@ -42,10 +42,12 @@ class UpTo:
         """The advantages."""
         if self.part == "sketches" and layer.is_sketched:
             _ = layer.sketched_parts
-        elif self.part == "sketches" and layer.few_columns() is None:
-            iterations = iterations_for(RATIO, len(advantages))
-            _ = layer.gram() if layer.rows_for_products(iterations) is None else None
+        elif self.part == "sketches" and layer.few_columns() is None and not self._gives_rows(layer, advantages):
+            layer.gram()
         return advantages
+
+    def _gives_rows(self, layer: LayerGradients, advantages: Tensor) -> bool:
+        return layer.rows_for_products(iterations_for(RATIO, len(advantages))) is not None
 
 
 def steps(sequences: int, positions: int, width: int, layers: int) -> dict[str, Callable[[], None]]:

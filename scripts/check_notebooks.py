@@ -35,6 +35,7 @@ TAGS = {"setup", "hide-input", "hide-output", "hide-cell", "remove-input", "remo
 CHAPTER_FOLDERS = {"foundations", "isopo", "experiments", "neighbours", "beyond"}
 CHAPTER_SECTIONS = ("Where it breaks", "Exercises", "Summary")
 CODE_LINES, CODE_WIDTH = 25, 80  # book.css sets the type so that this width fits the column
+SHOWN_LINES = 200  # of a whole chapter, empty ones aside
 HIDE_CODE = {"setup", "hide-input", "hide-cell", "remove-input", "remove-cell"}
 DRAWS = re.compile(r"\bplt\.(show|subplots|figure|subplot_mosaic)\(")
 
@@ -126,6 +127,12 @@ def chapter_complaints(notebook: Notebook) -> list[str]:
         wrong.append("exactly one title (# …) is expected")
     if not code or "setup" not in code[0]["metadata"].get("tags", []):
         wrong.append("the first code cell must be the setup cell, tagged setup")
+    shown = [cell for cell in code if not HIDE_CODE & set(cell["metadata"].get("tags", []))]
+    lines = sum(bool(line.strip()) for cell in shown for line in "".join(cell["source"]).splitlines())
+    if lines > SHOWN_LINES:
+        wrong.append(
+            f"{lines} lines of code are shown, at most {SHOWN_LINES} read as a lesson; fold what teaches nothing"
+        )
     asserts = (node for cell in code for node in ast.walk(parsed(cell)) if isinstance(node, ast.Assert))
     if next(asserts, None) is None:
         wrong.append("no cell asserts the chapter's claim")

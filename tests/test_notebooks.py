@@ -79,6 +79,7 @@ def test_checker_accepts_a_good_chapter() -> None:
         (2, {"metadata": {"mystnb": {"image": {"alt": "plot"}}}}, "mystnb.image.alt must say what is seen"),
         (3, {"source": ["print(2)"]}, "no cell asserts"),
         (3, {"source": ["assert 1\n"] * 25 + ["assert 1"]}, "26 lines of code"),
+        (3, {"source": ["assert 1\n"] * 200 + ["assert 1"]}, "lines of code are shown, at most 200"),
         (3, {"source": ["assert " + "1 + " * 20 + "1"]}, "a line of 88 characters, at most 80 fit"),
         (3, {"source": ["%matplotlib inline"]}, "not plain Python"),
         (0, {"source": ["# Title\n", "## Exercises\n", "## Summary"]}, "no section 'Where it breaks'"),

@@ -45,7 +45,7 @@ class MovingAverages:
         end_step_of([self])
 
     def take_means(self) -> dict[str, Float[Tensor, ""]]:
-        """The mean over the microbatches of every value that came since the last call."""
+        """The mean over the microbatches of every value of this step, which is forgotten with all that was noted."""
         means = {}
         for name, values in self._pending.items():
             is_one = len(values) == 1 and values[0].ndim == 0

@@ -131,8 +131,9 @@ def solve_ntk_by_products(
 ) -> Float[Tensor, "S"]:
     """About `solve_ntk` for K = GGᵀ, which is not formed: conjugate gradients, each by a product with G and with Gᵀ.
 
-    They start from c = 0 and search I + GGᵀ/λ, whose eigenvalues are at least 1. λ = 0 stands for a layer without
-    gradient, and c = A. In the precision of the rows, or in single if that is half.
+    They start from c = 0, for the matrix I + GGᵀ/λ. λ = 0 stands for a layer without gradient, and c = A. In the
+    precision of the rows, or in single if that is half. (`natural_gradient.solve_cg` takes as many iterations as a
+    tolerance asks for, and a GPU is waited for in each.)
 
     Args:
         iterations: see `iterations_for`.
